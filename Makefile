@@ -1,0 +1,27 @@
+# make demo    trains a small teacher, distils it three ways, prints a table (about two minutes on two cores)
+# make test    the whole test suite
+# make lint    ruff
+# Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint
+
+demo: $(INSTALLED)
+	$(BIN)/lad-fast demo
+
+# The pytest command, never the module run by python: that would put this folder on sys.path,
+# where kernels/ hides Hugging Face's kernels.
+test: $(INSTALLED)
+	$(BIN)/pytest --numprocesses=auto $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+# torch goes first and alone: pip then takes a local CPU build where one is offered, and not CUDA's 3 GB beside it.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[glue,report,bench,test,dev]'
+	touch $@

@@ -1,0 +1,332 @@
+"""The operators of LAD: schemas, fake versions, autograd. Triton is not imported until it runs.
+
+Each operator is one opaque ``torch.library.custom_op`` (``triton_op`` fails opcheck and compile in Triton's
+interpreter) under an ``autograd.Function`` with a hand-written backward. ``backend`` picks the implementation:
+"triton" or "torch". Both get contiguous 2-D states (T, D) in chain order, already checked.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lad_fast.kernels import eager
+
+
+def _chain(backend: str) -> ModuleType:
+    if backend == "torch":
+        return eager
+    from lad_fast.kernels import chain
+
+    return chain
+
+
+def _hidden_loss(backend: str) -> ModuleType:
+    if backend == "torch":
+        return eager
+    from lad_fast.kernels import hidden_loss
+
+    return hidden_loss
+
+
+def _logit_loss(backend: str) -> ModuleType:
+    if backend == "torch":
+        return eager
+    from lad_fast.kernels import logit_loss
+
+    return logit_loss
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and losses are float32; float64 stays, for gradcheck."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _num_groups(state: Tensor, norm_weight: Tensor, cu_seqlens: Tensor | None, seq_len: int) -> int:
+    """Rows that share one mean: examples for the "sequence" norm, single tokens for the "token" norm."""
+    if norm_weight.dim() == 2:
+        return state.shape[0]
+    return state.shape[0] // seq_len if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.custom_op("lad_fast::aggregate_forward", mutates_args=())
+def aggregate_forward(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    eps: float,
+    keep_gates: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run n gates.
+
+    Args:
+        hidden: n + 1 states (T, D).
+        weight: (n, D, D) in the dtype of the matrix products.
+        bias: (n, D) float32. norm_weight, norm_bias: (n, S, D) or (n, D) float32.
+        row_mask: (T,) bool, False for padding. cu_seqlens: (E + 1,) int32.
+        seq_len: rows of an example; 0 where ``cu_seqlens`` says.
+        keep_gates: whether a backward follows.
+
+    Returns:
+        aggregates (n, T, D), gates (n, T, D) or empty, mean and rstd (n, groups).
+    """
+    with torch.autocast(hidden[0].device.type, enabled=False):
+        return _chain(backend).aggregate_forward(
+            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
+        )
+
+
+@aggregate_forward.register_fake
+def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, backend):
+    num_gates, state = weight.shape[0], hidden[0]
+    aggregates = state.new_empty((num_gates, *state.shape))
+    gates = torch.empty_like(aggregates) if keep_gates else state.new_empty(0)
+    groups = _num_groups(state, norm_weight, cu_seqlens, seq_len)
+    mean = state.new_empty((num_gates, groups), dtype=statistics_dtype(state.dtype))
+    return aggregates, gates, mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("lad_fast::aggregate_backward", mutates_args=())
+def aggregate_backward(
+    grads: list[Tensor | None],
+    hidden: list[Tensor],
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    aggregates: Tensor,
+    gates: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    need_hidden: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`aggregate_forward`.
+
+    Args:
+        grads: n gradients (T, D) of the aggregates, None where there is none.
+
+    Returns:
+        Gradients of the hidden states (n + 1, T, D), weight, bias, norm_weight and norm_bias (float32); empty
+        tensors where not needed.
+    """
+    with torch.autocast(hidden[0].device.type, enabled=False):
+        return _chain(backend).aggregate_backward(
+            [None if grad is None else grad.contiguous() for grad in grads],
+            hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
+            need_hidden, need_parameters,
+        )  # fmt: skip
+
+
+@aggregate_backward.register_fake
+def _(
+    grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
+    need_hidden, need_parameters, backend,
+):  # fmt: skip
+    shapes = (weight.shape, weight.shape[:2], norm_weight.shape, norm_bias.shape)
+    grad_hidden = aggregates.new_empty((len(hidden), *hidden[0].shape) if need_hidden else 0)
+    return grad_hidden, *(norm_weight.new_empty(shape if need_parameters else 0) for shape in shapes)
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep_gates, backend,
+        weight, bias, norm_weight, norm_bias, *hidden,
+    ):  # fmt: skip
+        weight = weight.to(matmul_dtype).contiguous()
+        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+        hidden = [h.contiguous() for h in hidden]
+        aggregates, gates, mean, rstd = aggregate_forward(
+            hidden, weight, bias.contiguous(), norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates,
+            backend,
+        )  # fmt: skip
+        ctx.wanted, ctx.seq_len, ctx.backend = wanted, seq_len, backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *hidden
+        )
+        return tuple(aggregates[i] for i in wanted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):
+        row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *hidden = ctx.saved_tensors
+        needs_parameters, needs_hidden = ctx.needs_input_grad[8:12], ctx.needs_input_grad[12:]
+        nothing = (None,) * 8
+        if all(grad is None for grad in grad_outputs):
+            return *nothing, *(None,) * (4 + len(hidden))
+        grads: list[Tensor | None] = [None] * len(weight)
+        for i, grad in zip(ctx.wanted, grad_outputs, strict=True):
+            grads[i] = grad
+        grad_hidden, *grad_parameters = aggregate_backward(
+            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens,
+            ctx.seq_len, any(needs_hidden), any(needs_parameters), ctx.backend,
+        )  # fmt: skip
+        return (
+            *nothing,
+            *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+            *(grad_hidden[i] if needed else None for i, needed in enumerate(needs_hidden)),
+        )
+
+
+def aggregate(
+    hidden: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    wanted: list[int],
+    *,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    eps: float,
+    matmul_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Aggregates ``wanted`` (0 = behind the first gate) as (T, D) tensors; see :func:`aggregate_forward`."""
+    inputs = (weight, bias, norm_weight, norm_bias, *hidden)
+    keep_gates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return _Aggregate.apply(
+        tuple(wanted), row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep_gates, backend, *inputs
+    )
+
+
+@torch.library.custom_op("lad_fast::hidden_loss_forward", mutates_args=())
+def hidden_loss_forward(
+    student: list[Tensor], targets: list[Tensor], row_mask: Tensor | None, weight: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``weight * mean((student_k - target_k)^2)`` as (K,), and the factor (scalar) that the gradient needs:
+    ``2 * weight / (real tokens * D)``."""
+    return _hidden_loss(backend).hidden_loss_forward(student, targets, row_mask, weight)
+
+
+@hidden_loss_forward.register_fake
+def _(student, targets, row_mask, weight, backend):
+    losses = student[0].new_empty(len(student), dtype=statistics_dtype(student[0].dtype))
+    return losses, losses.new_empty(())
+
+
+@torch.library.custom_op("lad_fast::hidden_loss_backward", mutates_args=())
+def hidden_loss_backward(
+    grad: Tensor,
+    student: list[Tensor],
+    targets: list[Tensor],
+    row_mask: Tensor | None,
+    factor: Tensor,
+    need_student: bool,
+    need_targets: bool,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``grad_k * factor * (student_k - target_k)`` and its negative, as lists; empty where not needed."""
+    return _hidden_loss(backend).hidden_loss_backward(
+        grad.contiguous(), student, targets, row_mask, factor, need_student, need_targets
+    )
+
+
+@hidden_loss_backward.register_fake
+def _(grad, student, targets, row_mask, factor, need_student, need_targets, backend):
+    return (
+        [torch.empty_like(h) for h in student] if need_student else [],
+        [torch.empty_like(a) for a in targets] if need_targets else [],
+    )
+
+
+class _HiddenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, num_layers, row_mask, weight, backend, *states):
+        states = [state.contiguous() for state in states]
+        student, targets = states[:num_layers], states[num_layers:]
+        losses, factor = hidden_loss_forward(student, targets, row_mask, weight, backend)
+        ctx.backend = backend
+        ctx.save_for_backward(row_mask, factor, *states)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        row_mask, factor, *states = ctx.saved_tensors
+        num_layers = len(states) // 2
+        needs = ctx.needs_input_grad[4:]
+        need_student, need_targets = any(needs[:num_layers]), any(needs[num_layers:])
+        grad_student, grad_targets = hidden_loss_backward(
+            grad, states[:num_layers], states[num_layers:], row_mask, factor, need_student, need_targets, ctx.backend
+        )
+        grads = [*(grad_student or [None] * num_layers), *(grad_targets or [None] * num_layers)]
+        return None, None, None, None, *(g if needed else None for g, needed in zip(grads, needs, strict=True))
+
+
+def hidden_loss(
+    student: list[Tensor], targets: list[Tensor], *, row_mask: Tensor | None, weight: float, backend: str
+) -> Tensor:
+    """(K,) weighted mean squared errors of K pairs (T, D)."""
+    return _HiddenLoss.apply(len(student), row_mask, weight, backend, *student, *targets)
+
+
+@torch.library.custom_op("lad_fast::distill_loss_forward", mutates_args=())
+def distill_loss_forward(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    regression: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss (scalar) and its gradient by the student's logits (B, C), both float32."""
+    return _logit_loss(backend).distill_loss_forward(
+        student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression
+    )
+
+
+@distill_loss_forward.register_fake
+def _(student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend):
+    grad = torch.empty_like(student_logits, dtype=statistics_dtype(student_logits.dtype))
+    return grad.new_empty(()), grad
+
+
+class _DistillLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend):
+        loss, grad = distill_loss_forward(
+            student_logits.contiguous(), teacher_logits.contiguous(), labels.contiguous(), temperature, soft_weight,
+            hard_weight, regression, backend,
+        )  # fmt: skip
+        ctx.dtype = student_logits.dtype
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_output).to(ctx.dtype), *(None,) * 7
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    regression: bool,
+    backend: str,
+) -> Tensor:
+    """Scalar loss on the logits; see :func:`distill_loss_forward`."""
+    return _DistillLoss.apply(
+        student_logits, teacher_logits, labels, float(temperature), float(soft_weight), float(hard_weight), regression,
+        backend,
+    )  # fmt: skip

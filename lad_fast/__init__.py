@@ -1,0 +1,18 @@
+"""Fast Layer-wise Adaptive Distillation (LAD) of BERT students on a single GPU."""
+
+from lad_fast import reference
+from lad_fast.functional import fused_aggregate, fused_distill_loss, fused_hidden_loss
+from lad_fast.gates import GateStack
+from lad_fast.objective import LADObjective, LADOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GateStack",
+    "LADObjective",
+    "LADOutput",
+    "fused_aggregate",
+    "fused_distill_loss",
+    "fused_hidden_loss",
+    "reference",
+]

@@ -1,0 +1,240 @@
+"""The command line ``lad-fast``: one dataclass a subcommand; tyro makes flags and help of their fields."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import torch
+import tyro
+
+from lad_fast import training
+from lad_fast.data import Batches, tokenize
+from lad_fast.demo import DemoConfig, demo
+from lad_fast.doctor import doctor
+from lad_fast.glue import Task, get_task, load_split, write_submission
+from lad_fast.models import load_classifier
+from lad_fast.report import format_table
+from lad_fast.training import DistillConfig, Evaluation, FinetuneConfig, TrainingResult
+
+PROGRAM = "lad-fast"
+
+
+@dataclass(kw_only=True)
+class FinetuneCommand(FinetuneConfig):
+    """Fine-tune a pre-trained model on a GLUE task: the teacher."""
+
+    recipe: Literal["paper"] | None = None
+    """Take the published settings of the task; flags given besides override them."""
+
+
+@dataclass(kw_only=True)
+class DistillCommand(DistillConfig):
+    """Distil a fine-tuned teacher into a student with fewer layers."""
+
+    recipe: Literal["paper"] | None = None
+    """Take the published settings of the task; flags given besides override them."""
+
+
+@dataclass(kw_only=True)
+class InferenceConfig:
+    """What evaluation and prediction have in common."""
+
+    model: str
+    """Fine-tuned classifier: a save_pretrained folder or a name on the Hugging Face hub."""
+    task: str
+    """GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."""
+    data_dir: Path | None = None
+    """Folder with GLUE as Parquet files or official TSV files; None takes it from the Hugging Face hub."""
+    cache_dir: Path | None = None
+    """Folder that keeps tokenised data between runs; None keeps nothing."""
+    batch_size: int = 64
+    """Examples a batch."""
+    max_length: int = 128
+    """Tokens an example keeps, special ones included."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's arithmetic."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    num_threads: int | None = None
+    """CPU threads; None leaves PyTorch's choice."""
+
+
+@dataclass(kw_only=True)
+class EvaluateCommand(InferenceConfig):
+    """Score a classifier on a task's labelled evaluation splits: a table, then one line of JSON."""
+
+
+@dataclass(kw_only=True)
+class PredictCommand(InferenceConfig):
+    """Write a task's test predictions as files that gluebenchmark.com takes."""
+
+    output_dir: Path
+    """Folder for the submission files, such as MNLI-m.tsv."""
+
+
+@dataclass
+class DoctorCommand:
+    """Show versions and devices, and check every back end against the reference."""
+
+
+class CommandLineError(ValueError):
+    """A command line that does not parse; the message is one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``lad-fast``.
+
+    Args:
+        argv: The arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 for a doctor who found something broken, 2 for wrong input (one line on stderr).
+    """
+    try:
+        command = parse(sys.argv[1:] if argv is None else argv)
+        if command is None:
+            return 0
+        return COMMANDS[type(command)].run(command)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str]):
+    """Turns arguments into the dataclass of their subcommand; None where help was asked for, and printed.
+
+    Raises:
+        CommandLineError: If they do not parse.
+        ValueError: If ``--recipe`` has no settings for the task.
+    """
+    kinds = []
+    for kind, command in COMMANDS.items():
+        defaults = _recipe_defaults(kind, argv[1:]) if argv[:1] == [command.name] else {}
+        markers = tyro.conf.subcommand(command.name, prefix_name=False, **defaults)
+        kinds.append(Annotated[kind, markers])
+    return _parse(Union[tuple(kinds)], argv)  # noqa: UP007: the members are known only here
+
+
+def _recipe_defaults(kind: type, argv: Sequence[str]) -> dict:
+    """The default that ``--recipe`` among the arguments gives a subcommand, as a keyword of tyro's."""
+    if kind not in (FinetuneCommand, DistillCommand) or not any(word.startswith("--recipe") for word in argv):
+        return {}
+
+    @dataclass
+    class Choice:
+        recipe: Literal["paper"] | None = None
+        task: str = ""
+
+    choice, _ = _parse(Choice, argv, return_unknown_args=True, add_help=False)
+    if choice.recipe is None:
+        return {}
+    if not choice.task:
+        raise CommandLineError("task is missing; --recipe takes --task too")
+    settings = training.recipe(choice.task, COMMANDS[kind].name)
+    required = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    return {"default": kind(**(required | settings))}
+
+
+def _parse(kind, argv: Sequence[str], **options):
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            return tyro.cli(kind, prog=PROGRAM, args=list(argv), **options)
+    except SystemExit as stop:
+        if stop.code:
+            raise CommandLineError(_in_one_line(boxes.getvalue())) from None
+        return None
+
+
+def _in_one_line(box: str) -> str:
+    """The text of an error that tyro drew as a box of sections."""
+    first, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines()
+    text = "\n".join(line.strip("│╰╯ ") for line in lines)
+    sections = [" ".join(section.split()) for section in re.split("─{4,}", text)]
+    # The boxes end with the way to the help text, and explain a value's flag at length; help does both.
+    told = [s for s in sections if s and not s.startswith(("For full helptext", "Argument helptext"))]
+    return f"{first.strip('╭╮─ ')}: {'; '.join(told)} ({PROGRAM} --help lists commands, COMMAND --help their flags)"
+
+
+def run_demo(config: DemoConfig) -> int:
+    demo(config)
+    return 0
+
+
+def run_training(train: Callable[..., TrainingResult], config: FinetuneConfig | DistillConfig) -> int:
+    result = train(config)
+    rows = _metric_rows(result.best_metrics)
+    print(format_table(("split", "metric", "best"), rows))
+    print(
+        f"{result.num_parameters:,} parameters, {result.steps} steps, {result.seconds:.0f} s of training; "
+        f"the best checkpoint, of step {result.best_step}, is in {result.output_dir / 'best'}"
+    )
+    return 0
+
+
+def run_evaluate(config: EvaluateCommand) -> int:
+    task, predict = _load(config)
+    metrics = {split: predict(split).metrics for split in task.eval_splits}
+    print(format_table(("split", "metric", "score"), _metric_rows(metrics)))
+    print(json.dumps({"model": config.model, "task": task.name, "metrics": metrics}))
+    return 0
+
+
+def run_predict(config: PredictCommand) -> int:
+    task, predict = _load(config)
+    for split in task.test_splits:
+        found = predict(split)
+        path = write_submission(task, split, found.ids, found.predictions, config.output_dir)
+        print(f"{split}: {len(found.ids):,} predictions in {path}")
+    return 0
+
+
+def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
+    """The task, and a function that predicts one of its splits with the configured model."""
+    task = get_task(config.task)
+    if config.num_threads is not None:
+        if config.num_threads < 1:
+            raise ValueError(f"num_threads is {config.num_threads}; it takes at least 1")
+        torch.set_num_threads(config.num_threads)
+    device = training._pick_device(config.device)
+    model, tokenizer = load_classifier(config.model, task, fine_tuned=True)
+
+    def predict(split: str) -> Evaluation:
+        examples = load_split(task, split, config.data_dir)
+        tokens = tokenize(examples, tokenizer, config.max_length, config.cache_dir)
+        batches = Batches(tokens, config.batch_size, tokenizer.pad_token_id, shuffle=False)
+        return training.evaluate(model, batches, task, device, config.precision)
+
+    return task, predict
+
+
+def _metric_rows(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    return [(split, name, f"{value:.4f}") for split, values in metrics.items() for name, value in values.items()]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, and what runs it and returns the exit code."""
+
+    name: str
+    run: Callable[..., int]
+
+
+COMMANDS: dict[type, Command] = {
+    DemoConfig: Command("demo", run_demo),
+    FinetuneCommand: Command("finetune", lambda config: run_training(training.finetune, config)),
+    DistillCommand: Command("distill", lambda config: run_training(training.distill, config)),
+    EvaluateCommand: Command("evaluate", run_evaluate),
+    PredictCommand: Command("predict", run_predict),
+    DoctorCommand: Command("doctor", lambda config: doctor()),
+}

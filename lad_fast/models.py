@@ -1,0 +1,274 @@
+"""Teachers and students: loading classifiers, building a shallower student, feeding and saving models."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from lad_fast.glue import Task
+
+__all__ = ["build_student", "load_classifier", "model_inputs", "save_checkpoint"]
+
+
+def load_classifier(
+    name_or_path: str | Path, task: Task, fine_tuned: bool = False, **config
+) -> tuple[PreTrainedModel, object]:
+    """Load a BERT-like sequence classifier for a task, in float32.
+
+    Args:
+        name_or_path: a ``save_pretrained`` folder, which is read without the network, or a name on the hub.
+        task: gives the classifier its width, label names and problem type.
+        fine_tuned: the checkpoint must be a finished classifier for the task. Otherwise its encoder must be
+            there, and a classification head that is missing or of another width is drawn at random.
+        **config: configuration entries to override, such as ``hidden_dropout_prob=0.0``.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: nothing loadable there, encoder weights missing, more tokens than embeddings, an unknown
+            configuration entry; with ``fine_tuned``, a missing head or labels that are not the task's.
+    """
+    source = _find_source(name_or_path)
+    # Folders are barred from the network; code from the hub is never run.
+    options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+    try:
+        settings = AutoConfig.from_pretrained(source, **options)
+        if fine_tuned:
+            _check_labels(name_or_path, settings, task)
+        _set_labels(settings, task)
+        for name, value in config.items():
+            if not hasattr(settings, name):
+                raise ValueError(f"it has no configuration entry {name!r}")
+            setattr(settings, name, value)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with _quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
+                output_loading_info=True, **options,
+            )  # fmt: skip
+    except _LabelError:
+        raise
+    except Exception as error:  # a broken checkpoint raises anything from OSError to SafetensorError
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        where = "" if options["local_files_only"] else " is no folder here and"
+        raise ValueError(
+            f"model {name_or_path}{where} could not be loaded: {type(error).__name__}: {first_line}"
+        ) from error
+    random = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    inner = [name for name in random if re.search(r"\.layer\.|embeddings\.", name)]
+    if inner:
+        raise ValueError(
+            f"model {name_or_path} lacks {len(inner)} of its encoder's weights, such as {inner[0]}"
+        )
+    if fine_tuned and random:
+        raise ValueError(f"model {name_or_path} is no finished classifier: it lacks {', '.join(random)}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"model {name_or_path} has a tokenizer of {len(tokenizer)} tokens; its embeddings hold "
+            f"{model.config.vocab_size}"
+        )
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' bars and load reports: what they tell is checked here or expected."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _LabelError(ValueError):
+    """Labels that are not the task's; the message is complete."""
+
+
+def _find_source(name_or_path: str | Path) -> str:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"model {name_or_path} is a folder without config.json; it takes a save_pretrained folder"
+            )
+        return str(path)
+    name = str(name_or_path)
+    is_hub_name = isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    if path.exists() or not is_hub_name:
+        raise ValueError(
+            f"model {name_or_path} is not a folder; it takes a save_pretrained folder or a hub name"
+        )
+    return name
+
+
+def _check_labels(name_or_path, config, task: Task) -> None:
+    """A finished classifier has the task's classes, and in the task's order where it names them."""
+
+    def plain(name) -> str:
+        return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+    if config.num_labels != task.num_labels:
+        raise _LabelError(
+            f"model {name_or_path} has num_labels = {config.num_labels}; "
+            f"task {task.name} takes {task.num_labels}"
+        )
+    names = [plain(config.id2label[i]) for i in range(config.num_labels)]
+    unnamed = all(re.fullmatch(r"(label)?\d+", name) for name in names)
+    if not task.is_regression and not unnamed and names != [plain(label) for label in task.labels]:
+        raise _LabelError(
+            f"model {name_or_path} has the labels {list(config.id2label.values())}; "
+            f"task {task.name} takes {list(task.labels)}, in this order"
+        )
+
+
+def _set_labels(config, task: Task) -> None:
+    config.id2label = dict(enumerate(task.labels or ("score",)))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+
+
+def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The encoder's layers and their module name inside ``model.base_model``.
+
+    Raises:
+        ValueError: no list of ``num_hidden_layers`` modules in the model, as where layers share weights.
+    """
+    num_layers = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {num_layers} encoder layers; it takes a BERT-like model"
+    )
+
+
+def build_student(
+    teacher: PreTrainedModel,
+    num_layers: int,
+    init: str = "teacher",
+    layer_map: Sequence[int] | None = None,
+    pretrained: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """A student like the teacher with K of its L layers.
+
+    Args:
+        teacher: a sequence classifier: BERT, RoBERTa, ELECTRA, DistilBERT or alike.
+        num_layers: K, from 1 to L.
+        init: "teacher": embeddings, mapped layers, pooler and classifier are the teacher's. "published":
+            mapped layers and pooler are those of ``pretrained``; embeddings and classifier stay random.
+            "random": all random (normal with the configuration's ``initializer_range``).
+        layer_map: 0-based source layer of each student layer; default ``range(skip - 1, L, skip)`` with
+            ``skip = L // K``.
+        pretrained: the model before fine-tuning, with or without a head; for "published" only.
+
+    Returns:
+        A float32 model of the teacher's class, on the teacher's device; it shares no memory with its sources.
+
+    Raises:
+        ValueError: an argument that does not fit, or a model whose layers cannot be told apart.
+    """
+    prefix, teacher_layers = encoder_layers(teacher)
+    total = len(teacher_layers)
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers is {num_layers!r}; the teacher's {total} layers take 1 to {total}")
+    if init not in ("teacher", "published", "random"):
+        raise ValueError(f"init is {init!r}; it takes 'teacher', 'published' or 'random'")
+    skip = total // num_layers
+    layer_map = list(range(skip - 1, total, skip)[:num_layers] if layer_map is None else layer_map)
+    if len(layer_map) != num_layers or not all(layer in range(total) for layer in layer_map):
+        raise ValueError(
+            f"layer_map is {layer_map}; it takes num_layers = {num_layers} layers from 0 to {total - 1}"
+        )
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = num_layers
+    student = type(teacher)(config)
+    _, student_layers = encoder_layers(student)
+    if init == "teacher":
+        outside = f"{teacher.base_model_prefix}.{prefix}."
+        kept = {name: value for name, value in teacher.state_dict().items() if not name.startswith(outside)}
+        student.load_state_dict({**student.state_dict(), **kept})
+        source_layers = teacher_layers
+    elif init == "published":
+        if pretrained is None:
+            raise ValueError("pretrained is None; init 'published' takes the model before fine-tuning")
+        _, source_layers = encoder_layers(pretrained)
+        if len(source_layers) != total:
+            raise ValueError(f"pretrained has {len(source_layers)} layers; the teacher has {total}")
+        pooler, source_pooler = (getattr(model.base_model, "pooler", None) for model in (student, pretrained))
+        if pooler is not None and source_pooler is not None:
+            _copy("pooler", source_pooler, pooler)
+    if init != "random":
+        for target, source in zip(student_layers, layer_map, strict=True):
+            _copy(f"layer {source}", source_layers[source], target)
+    return student.to(teacher.device)
+
+
+def _copy(name: str, source: nn.Module, target: nn.Module) -> None:
+    try:
+        target.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"pretrained does not fit the teacher: {name}: {reason}") from error
+
+
+def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Forward arguments for a batch on the model's device; batches on the CPU are moved without a wait.
+
+    Args:
+        model: a sequence classifier.
+        batch: input_ids, attention_mask and, where the model takes them, token_type_ids; each (B, S).
+
+    Returns:
+        Keyword arguments, and the attention mask (B, S) or None where every token is real.
+    """
+    move = {"device": model.device, "non_blocking": True}
+    inputs = {name: batch[name].to(**move) for name in ("input_ids", "token_type_ids") if name in batch}
+    if batch["attention_mask"].all():
+        return inputs, None
+    mask = batch["attention_mask"].to(**move)
+    # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one.
+    is_sdpa = model.config._attn_implementation == "sdpa"
+    inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_sdpa else mask
+    return inputs, mask
+
+
+def save_checkpoint(
+    folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None
+):
+    """Write or replace a ``save_pretrained`` folder in one move: a reader never finds half of it.
+
+    Args:
+        folder: where to; its parents are made.
+        model, tokenizer: saved by ``save_pretrained``; no tokenizer, no tokenizer files.
+        gates: a :class:`lad_fast.GateStack`, written as gates.safetensors.
+        state: written as training.json.
+    """
+    folder = Path(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with _quiet():
+        model.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    if gates is not None:
+        gates.save_pretrained(partial)
+    if state is not None:
+        (partial / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""The training objective of LAD as a module."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lad_fast.functional import BACKENDS, fused_aggregate, fused_distill_loss, fused_hidden_loss
+from lad_fast.gates import GateStack
+
+__all__ = ["LADObjective", "LADOutput"]
+
+
+class LADOutput(NamedTuple):
+    """What :class:`LADObjective` returns; float32 scalars that carry gradients, but for ``hidden_losses``."""
+
+    loss: Tensor
+    """hidden_loss + logits_loss."""
+    hidden_loss: Tensor
+    """Weighted mean squared errors against the aggregates, summed over student layers."""
+    logits_loss: Tensor
+    """Hard plus soft loss on the logits."""
+    hidden_losses: Tensor
+    """(K,) float32, detached: each student layer's share of ``hidden_loss``."""
+
+
+class LADObjective(nn.Module):
+    """``hard * CE + soft * T^2 * KL + mu / K * sum_k mean((h_k - A_{t_k})^2)`` (paper section 3.3).
+
+    Student layer k learns from aggregate ``t_k = k * (L // K)``, counted from 1.
+
+    Args:
+        gates: the :class:`~lad_fast.GateStack` for the teacher's L layers; trained by the hidden loss.
+        num_student_layers: K, from 1 to L.
+        temperature: T of the soft loss, above 0.
+        soft_weight, hard_weight, hidden_weight: weights of the soft, hard and hidden loss (mu).
+        regression: squared errors on the logits instead of cross-entropies.
+        student_hidden_size: hidden size of the student where it differs from the teacher's D: adds one linear
+            projection a student layer to the teacher's size (``projections``).
+        backend: None, "triton", "torch" or "reference"; see :func:`lad_fast.fused_aggregate`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        gates: GateStack,
+        num_student_layers: int,
+        temperature: float = 10.0,
+        soft_weight: float = 0.5,
+        hard_weight: float = 0.5,
+        hidden_weight: float = 1000.0,
+        regression: bool = False,
+        student_hidden_size: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(gates, GateStack):
+            raise TypeError(f"gates is a {type(gates).__name__}; it takes a GateStack")
+        if not isinstance(num_student_layers, int) or not 1 <= num_student_layers <= gates.num_layers:
+            raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {gates.num_layers}")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
+        for name, value in (("soft_weight", soft_weight), ("hard_weight", hard_weight), ("hidden_weight", hidden_weight)):
+            if not value >= 0:
+                raise ValueError(f"{name} is {value!r}; it takes a number of at least 0")
+        if student_hidden_size is not None and student_hidden_size < 1:
+            raise ValueError(f"student_hidden_size is {student_hidden_size}; it takes an integer of at least 1")
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
+        self.gates = gates
+        self.num_student_layers = num_student_layers
+        self.temperature, self.regression, self.backend = temperature, regression, backend
+        self.soft_weight, self.hard_weight, self.hidden_weight = soft_weight, hard_weight, hidden_weight
+        skip = gates.num_layers // num_student_layers
+        self.layers = tuple(range(skip - 1, gates.num_layers, skip))[:num_student_layers]
+        self.projections = None
+        if student_hidden_size not in (None, gates.hidden_size):
+            self.projections = nn.ModuleList(
+                nn.Linear(student_hidden_size, gates.hidden_size) for _ in range(num_student_layers)
+            )
+
+    def extra_repr(self) -> str:
+        names = ("layers", "temperature", "soft_weight", "hard_weight", "hidden_weight", "regression", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def forward(
+        self,
+        student_hidden_states,
+        teacher_hidden_states,
+        student_logits: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+    ) -> LADOutput:
+        """The three losses of one batch.
+
+        Args:
+            student_hidden_states: K tensors (B, S, D'), the embedding output left out (packed: (tokens, D')); or
+                a Hugging Face model output with ``hidden_states`` and ``logits``.
+            teacher_hidden_states: L tensors (B, S, D) likewise, or a Hugging Face model output.
+            student_logits, teacher_logits: (B, C); left out where model outputs are passed.
+            labels: (B,) classes, or numbers for regression.
+            attention_mask: (B, S); None: padding counts, as published.
+            cu_seqlens: (B + 1,) bounds of packed hidden states.
+            backend: overrides the module's.
+
+        Raises:
+            TypeError, ValueError: as the functions of :mod:`lad_fast.functional`.
+        """
+        student_hidden_states, student_logits = _unpack("student", student_hidden_states, student_logits)
+        teacher_hidden_states, teacher_logits = _unpack("teacher", teacher_hidden_states, teacher_logits)
+        if labels is None:
+            raise ValueError("labels is None; it takes a tensor (B,)")
+        if len(student_hidden_states) != self.num_student_layers:
+            raise ValueError(
+                f"student_hidden_states holds {len(student_hidden_states)} tensors; it takes "
+                f"num_student_layers = {self.num_student_layers} (leave the embedding output out)"
+            )
+        backend = backend or self.backend
+        if self.projections is not None:
+            student_hidden_states = [
+                project(h) for project, h in zip(self.projections, student_hidden_states, strict=True)
+            ]
+        aggregates = fused_aggregate(
+            teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens, backend=backend
+        )
+        hidden_losses = fused_hidden_loss(
+            student_hidden_states, aggregates, attention_mask, self.hidden_weight, reduction="none", backend=backend
+        )
+        logits_loss = fused_distill_loss(
+            student_logits, teacher_logits, labels, self.temperature, self.soft_weight, self.hard_weight,
+            self.regression, backend=backend,
+        )  # fmt: skip
+        hidden_loss = hidden_losses.sum()
+        return LADOutput(hidden_loss + logits_loss, hidden_loss, logits_loss, hidden_losses.detach())
+
+
+def _unpack(name: str, hidden_states, logits):
+    """Hidden states without the embedding output, and logits, also from a Hugging Face model output."""
+    if hasattr(hidden_states, "logits"):
+        if hidden_states.hidden_states is None:
+            raise ValueError(f"{name}_hidden_states is a model output without hidden states; pass output_hidden_states=True")
+        return hidden_states.hidden_states[1:], hidden_states.logits
+    if logits is None:
+        raise ValueError(f"{name}_logits is None; it takes a tensor (B, C)")
+    return hidden_states, logits

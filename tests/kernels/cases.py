@@ -1,0 +1,94 @@
+"""Inputs for operator tests, and the one way in which they compare a back end with the float64 reference."""
+
+from dataclasses import dataclass
+
+import torch
+
+import lad_fast
+
+
+
+@dataclass(frozen=True)
+class Case:
+    """A gate chain to run: sizes, norm, padding, order."""
+
+    batch: int = 3
+    length: int = 5
+    hidden_size: int = 24
+    layers: int = 4
+    wanted: tuple[int, ...] = (1, 3)
+    norm: str = "sequence"
+    mode: str = "plain"
+    reverse: bool = False
+    seq_len: int = 8
+
+    def build(self, dtype: torch.dtype, seed: int = 0) -> dict:
+        """Hidden states and upstream gradients rounded to ``dtype``, float32 gates, and where padding is."""
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        num_tokens = self.batch * self.length
+        shape = (num_tokens, self.hidden_size) if self.mode == "packed" else (self.batch, self.length, self.hidden_size)
+        seq_len = max(self.seq_len, self.length)
+        gates, size = self.layers - 1, self.hidden_size
+        affine = (gates, seq_len, size) if self.norm == "sequence" else (gates, size)
+        mask = cu_seqlens = None
+        if self.mode == "masked":
+            lengths = torch.randint(0, self.length + 1, (self.batch,), generator=generator)
+            lengths[0] = self.length
+            mask = (torch.arange(self.length) < lengths[:, None]).long()
+        if self.mode == "packed":
+            cuts = torch.randint(0, num_tokens + 1, (self.batch,), generator=generator).tolist()
+            bounds = sorted({*cuts, *range(0, num_tokens, seq_len), num_tokens})  # no example above seq_len
+            cu_seqlens = torch.tensor(bounds)
+        return {
+            "hidden": [draw(*shape).to(dtype) for _ in range(self.layers)],
+            "grads": [draw(*shape).to(dtype) for _ in self.wanted],
+            "gates": [
+                draw(gates, size, size) / size**0.5, draw(gates, size) * 0.3,
+                1 + 0.3 * draw(*affine), 0.3 * draw(*affine),
+            ],
+            "attention_mask": mask,
+            "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
+
+
+def run(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=None) -> dict[str, torch.Tensor]:
+    """Aggregates and all gradients. ``function`` replaces ``lad_fast.fused_aggregate``."""
+    function = function or lad_fast.fused_aggregate
+    hidden = [h.detach().to(dtype).requires_grad_() for h in inputs["hidden"]]
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    gates = [g.detach().clone().to(gate_dtype).requires_grad_() for g in inputs["gates"]]
+    outputs = function(
+        hidden, gates, case.wanted, inputs["attention_mask"], inputs["cu_seqlens"], reverse=case.reverse, backend=backend
+    )
+    torch.autograd.backward(outputs, [g.to(dtype) for g in inputs["grads"]])
+    result = {f"aggregate {layer}": out.detach() for layer, out in zip(case.wanted, outputs, strict=True)}
+    result |= {f"grad of layer {i}": h.grad for i, h in enumerate(hidden)}
+    names = ("weight", "bias", "norm_weight", "norm_bias")
+    return result | {f"grad of {name}": g.grad for name, g in zip(names, gates, strict=True)}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of ``expected``; infinite where ``actual`` is not finite."""
+    actual, expected = actual.double(), expected.double()
+    if not torch.isfinite(actual).all():
+        return float("inf")
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def check(actual: dict, expected: dict, tolerance: float) -> None:
+    """Each tensor within ``tolerance`` of the reference, and zero where the reference is zero or has no gradient."""
+    for name, right in expected.items():
+        ours = actual[name]
+        if right is None or not right.any():
+            assert ours is None or not ours.any(), f"{name} must be zero"
+            continue
+        assert ours is not None, f"{name} is missing"
+        error = relative_error(ours, right)
+        assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+# float32: sums of up to thousands of terms at 6e-8 each. Half types: one rounding of every stored intermediate
+# (aggregate, gate, carried gradient) along the chain at 4e-3 (bfloat16) and 5e-4 (float16); the interpreter
+# truncates bfloat16 stores, which doubles that. Measured worst cases are about half of each.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}

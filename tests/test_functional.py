@@ -1,0 +1,127 @@
+"""Wrong calls of the Python API: each is refused with a message that names the argument."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lad_fast
+from lad_fast import GateStack, LADObjective
+
+STACK = GateStack(3, 4, 6)
+STATES = [torch.randn(2, 5, 4) for _ in range(3)]
+LOGITS, LABELS = torch.randn(2, 3), torch.tensor([0, 2])
+OUTPUTS = ([torch.randn(2, 5, 4)], STATES, LOGITS, LOGITS, LABELS)
+
+
+def aggregate(hidden=STATES, gates=STACK, *rest, **options):
+    return lambda: lad_fast.fused_aggregate(hidden, gates, *rest, **options)
+
+
+def hidden(student=STATES, targets=STATES, *rest, **options):
+    return lambda: lad_fast.fused_hidden_loss(student, targets, *rest, **options)
+
+
+def distill(student=LOGITS, teacher=LOGITS, labels=LABELS, *rest, **options):
+    return lambda: lad_fast.fused_distill_loss(student, teacher, labels, *rest, **options)
+
+
+def tensors(**changes):
+    names = ("weight", "bias", "norm_weight", "norm_bias")
+    return [changes.get(name, getattr(STACK, name).detach()) for name in names]
+
+
+WRONG = {
+    "hidden states none": (aggregate(None), TypeError, "hidden_states"),
+    "hidden states a string": (aggregate("abc"), TypeError, "hidden_states"),
+    "hidden states empty": (aggregate([]), ValueError, "hidden_states is empty"),
+    "hidden state no tensor": (aggregate([*STATES[:2], 3]), TypeError, r"hidden_states\[2\]"),
+    "hidden state integer": (aggregate([h.long() for h in STATES]), TypeError, r"hidden_states\[0\] has dtype"),
+    "hidden state of two axes": (aggregate([h[0] for h in STATES]), ValueError, "cu_seqlens"),
+    "hidden states of two shapes": (aggregate([*STATES[:2], torch.randn(2, 4, 4)]), ValueError, r"\[2\].*\(2, 4, 4\)"),
+    "hidden states of two dtypes": (aggregate([*STATES[:2], STATES[2].half()]), ValueError, "float16"),
+    "no tokens": (aggregate([h[:, :0] for h in STATES]), ValueError, "empty"),
+    "empty batch": (aggregate([h[:0] for h in STATES]), ValueError, "empty"),
+    "states of another device": (aggregate([*STATES[:2], STATES[2].to("meta")]), ValueError, "meta"),
+    "too many layers": (aggregate([*STATES, STATES[0]]), ValueError, "weight has shape"),
+    "other hidden size": (aggregate([h[..., :3] for h in STATES]), ValueError, "D = 3"),
+    "gates none": (aggregate(STATES, None), TypeError, "gates"),
+    "three gate tensors": (aggregate(STATES, tensors()[:3]), ValueError, "gates holds 3"),
+    "gate no tensor": (aggregate(STATES, tensors(bias=1.0)), TypeError, "bias"),
+    "gates in half": (aggregate(STATES, tensors(weight=STACK.weight.half())), TypeError, "weight has dtype"),
+    "bias of another shape": (aggregate(STATES, tensors(bias=torch.ones(2, 5))), ValueError, "bias has shape"),
+    "affine of another size": (aggregate(STATES, tensors(norm_weight=torch.ones(2, 6, 5))), ValueError, "norm_weight"),
+    "affines that differ": (aggregate(STATES, tensors(norm_bias=torch.ones(2, 4))), ValueError, "norm_bias"),
+    "gates elsewhere": (aggregate(STATES, GateStack(3, 4, 6).to("meta")), ValueError, "meta"),
+    "longer than the norm": (aggregate([torch.randn(2, 7, 4)] * 3), ValueError, "seq_len = 6"),
+    "no layers": (aggregate(STATES, STACK, ()), ValueError, "layers is empty"),
+    "layers a number": (aggregate(STATES, STACK, 2), TypeError, "layers is a int"),
+    "layer too large": (aggregate(STATES, STACK, (3,)), ValueError, "layers holds 3"),
+    "layer negative": (aggregate(STATES, STACK, (-1,)), ValueError, "layers holds -1"),
+    "layer a float": (aggregate(STATES, STACK, (1.0,)), TypeError, "layers holds 1.0"),
+    "mask of another shape": (aggregate(STATES, STACK, None, torch.ones(2, 4)), ValueError, "attention_mask"),
+    "mask a list": (aggregate(STATES, STACK, None, [[1] * 5] * 2), TypeError, "attention_mask"),
+    "mask and bounds": (aggregate([h[0] for h in STATES], STACK, None, torch.ones(5), [0, 5]), ValueError, "exclude"),
+    "bounds too short": (aggregate([h[0] for h in STATES], STACK, None, None, [0, 4]), ValueError, "tokens = 5"),
+    "bounds from 1": (aggregate([h[0] for h in STATES], STACK, None, None, [1, 5]), ValueError, "from 1"),
+    "bounds that fall": (aggregate([h[0] for h in STATES], STACK, None, None, [0, 4, 2, 5]), ValueError, "decreases"),
+    "bounds floating": (aggregate([h[0] for h in STATES], STACK, None, None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens"),
+    "bounds of two axes": (aggregate([h[0] for h in STATES], STACK, None, None, torch.tensor([[0, 5]])), ValueError, "cu_seqlens"),
+    "packed example too long": (aggregate([torch.randn(9, 4)] * 3, STACK, None, None, [0, 2, 9]), ValueError, "7 tokens"),
+    "unknown back end": (aggregate(STATES, STACK, backend="cuda"), ValueError, "backend is 'cuda'"),
+    "float64 on triton": (
+        aggregate([h.double() for h in STATES], GateStack(3, 4, 6).double(), backend="triton"), TypeError, "float64",
+    ),
+    "loss of unequal numbers": (hidden(STATES[:2]), ValueError, "aggregates holds 3"),
+    "loss of unequal shapes": (hidden(STATES, [h[:, :4] for h in STATES]), ValueError, "aggregates have shape"),
+    "loss of nothing": (hidden([], []), ValueError, "student_hidden_states is empty"),
+    "loss with a wrong mask": (hidden(STATES, STATES, torch.ones(5, 2)), ValueError, "attention_mask"),
+    "loss with a wrong reduction": (hidden(reduction="mean"), ValueError, "reduction is 'mean'"),
+    "loss on a wrong back end": (hidden(backend="x"), ValueError, "backend is 'x'"),
+    "logits a list": (distill([[1.0, 2.0]]), TypeError, "student_logits is a list"),
+    "logits integer": (distill(LOGITS.long()), TypeError, "student_logits has dtype"),
+    "logits empty": (distill(LOGITS[:0], LOGITS[:0], LABELS[:0]), ValueError, "student_logits is empty"),
+    "logits of one axis": (distill(LOGITS[0], LOGITS[0]), ValueError, "student_logits has shape"),
+    "logits of two shapes": (distill(LOGITS, LOGITS[:, :2]), ValueError, "teacher_logits has shape"),
+    "trainable teacher": (distill(LOGITS, LOGITS.clone().requires_grad_()), ValueError, "detach"),
+    "temperature zero": (distill(LOGITS, LOGITS, LABELS, 0.0), ValueError, "temperature is 0.0"),
+    "labels a list": (distill(LOGITS, LOGITS, [0, 1]), TypeError, "labels is a list"),
+    "labels floating": (distill(LOGITS, LOGITS, LABELS.float()), TypeError, "labels has dtype"),
+    "labels too many": (distill(LOGITS, LOGITS, torch.tensor([0, 1, 2])), ValueError, r"labels has shape \(3,\)"),
+    "label too large": (distill(LOGITS, LOGITS, torch.tensor([0, 3])), ValueError, "labels holds 3"),
+    "label negative": (distill(LOGITS, LOGITS, torch.tensor([0, -1])), ValueError, "labels holds -1"),
+    "regression with class ids": (distill(LOGITS[:, :1], LOGITS[:, :1], LABELS, regression=True), TypeError, "floating"),
+    "regression with two outputs": (distill(LOGITS, LOGITS, LABELS.float(), regression=True), ValueError, "one number"),
+    "one layer": (lambda: GateStack(1, 4), ValueError, "num_layers is 1"),
+    "no hidden size": (lambda: GateStack(2, 0), ValueError, "hidden_size is 0"),
+    "sequence length a float": (lambda: GateStack(2, 4, 1.5), ValueError, "seq_len is 1.5"),
+    "unknown norm": (lambda: GateStack(2, 4, norm="batch"), ValueError, "norm is 'batch'"),
+    "objective without gates": (lambda: LADObjective(None, 2), TypeError, "gates is a NoneType"),
+    "more student layers": (lambda: LADObjective(STACK, 4), ValueError, "num_student_layers is 4"),
+    "negative weight": (lambda: LADObjective(STACK, 1, hidden_weight=-1), ValueError, "hidden_weight is -1"),
+    "objective's temperature": (lambda: LADObjective(STACK, 1, temperature=-1), ValueError, "temperature is -1"),
+    "objective's back end": (lambda: LADObjective(STACK, 1, backend="c"), ValueError, "backend is 'c'"),
+    "embedding output left in": (lambda: LADObjective(STACK, 2)(*OUTPUTS), ValueError, "student_hidden_states holds 1"),
+    "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
+    "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_name_the_argument(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_default_back_end_follows_the_device_and_the_interpreter():
+    code = (
+        "import torch, lad_fast; from lad_fast.functional import _check_backend as b; x = torch.ones(1);"
+        "print(b(None, x), b(None, x.double()))"
+    )
+    for value, expected in (("0", "torch torch"), ("1", "triton torch")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={"TRITON_INTERPRET": value, "PATH": "/usr/bin"}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr

@@ -1,0 +1,182 @@
+"""LADObjective, GateStack and the reference: the objective as users build it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lad_fast
+from lad_fast import GateStack, LADObjective, reference
+
+BACKENDS = ("reference", "torch", "triton")
+
+
+def batch(layers=6, students=3, size=16, student_size=None, classes=2, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    student = [draw(2, 5, student_size or size).requires_grad_() for _ in range(students)]
+    teacher = [draw(2, 5, size) for _ in range(layers)]
+    labels = torch.tensor([1, 0]) if classes > 1 else torch.tensor([0.5, 4.0])
+    return student, teacher, draw(2, classes).requires_grad_(), draw(2, classes), labels
+
+
+@pytest.mark.parametrize("regression", (False, True))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_objective_is_the_papers(backend, reverse, regression):
+    torch.manual_seed(0)
+    gates = GateStack(6, 16, 8, reverse=reverse)
+    settings = {"temperature": 5.0, "soft_weight": 0.3, "hard_weight": 0.6, "hidden_weight": 100.0}
+    objective = LADObjective(gates, 3, **settings, regression=regression, backend=backend)
+    assert objective.layers == (1, 3, 5)
+    student, teacher, student_logits, teacher_logits, labels = batch(classes=1 if regression else 2)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    out = objective(student, teacher, student_logits, teacher_logits, labels, mask)
+    expected = reference.lad_loss(
+        student, teacher, student_logits, teacher_logits, labels, gates, (1, 3, 5), mask, regression=regression, **settings
+    )
+    leaves = (*student, student_logits, *gates.parameters())
+    ours = torch.autograd.grad(out.loss, leaves)
+    right = torch.autograd.grad(expected, leaves)
+    torch.testing.assert_close(out.loss, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.loss, out.hidden_loss + out.logits_loss)
+    torch.testing.assert_close(out.hidden_losses.sum(), out.hidden_loss.detach())
+    for a, b in zip(ours, right, strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("layers, students, expected", ((12, 6, (1, 3, 5, 7, 9, 11)), (12, 5, (1, 3, 5, 7, 9)), (12, 12, tuple(range(12))), (24, 4, (5, 11, 17, 23))))  # fmt: skip
+def test_student_layers_map_to_every_skipth_aggregate(layers, students, expected):
+    assert LADObjective(GateStack(layers, 4, 4), students).layers == expected
+
+
+def test_other_hidden_size_is_projected_and_trained():
+    objective = LADObjective(GateStack(6, 16, 8), 3, student_hidden_size=10, backend="torch")
+    student, *rest = batch(student_size=10)
+    out = objective(student, *rest)
+    projected = [p(h) for p, h in zip(objective.projections, student, strict=True)]
+    plain = LADObjective(objective.gates, 3, backend="reference")(projected, *rest)
+    torch.testing.assert_close(out.loss, plain.loss)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in objective.parameters())
+
+
+def test_model_outputs_in_place_of_tensors():
+    objective = LADObjective(GateStack(6, 16, 8), 3, backend="torch")
+    student, teacher, student_logits, teacher_logits, labels = batch()
+    embedding = torch.full((2, 5, 16), float("nan"))
+    out = objective(
+        SimpleNamespace(hidden_states=(embedding, *student), logits=student_logits),
+        SimpleNamespace(hidden_states=(embedding, *teacher), logits=teacher_logits),
+        labels=labels,
+    )
+    plain = objective(student, teacher, student_logits, teacher_logits, labels)
+    assert torch.equal(out.loss, plain.loss)
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_objective_compiles_as_one_graph(backend):
+    torch._dynamo.reset()
+    objective = LADObjective(GateStack(6, 16, 8), 3, backend=backend)
+    inputs = batch()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs).loss, objective(*inputs).loss)
+
+
+def test_backends_keep_less_memory_than_eager():
+    """Bytes held for backward, counted by saved-tensor hooks; inputs and parameters are not the operator's."""
+    torch.manual_seed(0)
+    gates = GateStack(12, 32, 16)
+    hidden = [torch.randn(4, 16, 32) for _ in range(12)]
+    ours = {t.untyped_storage().data_ptr() for t in (*hidden, *gates.parameters())}
+
+    def kept(backend):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in ours:
+                storages[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = lad_fast.fused_aggregate(hidden, gates, backend=backend)
+        assert outputs[-1].requires_grad
+        return sum(size for size, _ in storages.values())
+
+    assert kept("torch") < 0.55 * kept("reference")
+
+
+class HighwayGate(nn.Module):
+    """A gate module of the published form."""
+
+    def __init__(self, size, seq_len):
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+        self.layernorm = nn.LayerNorm([seq_len, size])
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+def test_published_gates_are_taken_over(tmp_path, reverse):
+    torch.manual_seed(0)
+    published = [HighwayGate(8, 6) for _ in range(4)]
+    with torch.no_grad():
+        for gate in published:
+            gate.layernorm.weight.normal_()
+    hidden = [torch.randn(2, 6, 8) for _ in range(4)]
+    previous, outputs = None, []
+    for gate, layer in zip(published, hidden[::-1] if reverse else hidden, strict=True):
+        if previous is None:
+            previous = layer
+        else:
+            g = torch.sigmoid(gate.linear(previous))
+            previous = gate.layernorm(layer * g + previous * (1 - g))
+        outputs.append(previous)
+    outputs = outputs[::-1] if reverse else outputs
+    stack = GateStack.from_highway_gates(published, reverse=reverse)
+    for a, b in zip(stack(hidden, backend="torch"), outputs, strict=True):
+        torch.testing.assert_close(a, b)
+
+    for i, gate in enumerate(published):
+        torch.save(gate.state_dict(), tmp_path / f"gate-{i}-70.pt")
+        torch.save({}, tmp_path / f"gate-{i}-7.pt")
+    loaded = GateStack.from_official_checkpoint(tmp_path, 70, reverse=reverse)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), stack.parameters(), strict=True))
+    stack.save_pretrained(tmp_path / "saved")
+    again = GateStack.from_pretrained(tmp_path / "saved")
+    assert again.config == stack.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), stack.parameters(), strict=True))
+    (tmp_path / "gate-1-70.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"gate-1-70\.pt"):
+        GateStack.from_official_checkpoint(tmp_path, 70)
+
+
+def test_initial_gates_are_the_published_ones():
+    torch.manual_seed(0)
+    gates = GateStack(3, 64, 5)
+    bound = (6 / 128) ** 0.5
+    assert 0.9 * bound < gates.weight.abs().max() <= bound
+    assert 0.9 / 8 < gates.bias.abs().max() <= 1 / 8
+    assert torch.equal(gates.norm_weight, torch.ones(2, 5, 64))
+    assert not gates.norm_bias.any()
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+def test_contributions_are_shares(reverse):
+    torch.manual_seed(0)
+    gates = GateStack(5, 8, 6, reverse=reverse)
+    hidden = [torch.randn(2, 6, 8) for _ in range(5)]
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
+    shares = gates.contributions(hidden, mask)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(5))
+    assert (shares >= 0).all()
+    outside = shares.tril(-1) if reverse else shares.triu(1)
+    assert not outside.any()
+    first = 4 if reverse else 0
+    assert shares[first, first] == 1
+    # By hand for the first gate: its mean over real tokens is what the second chain element contributes.
+    second = 3 if reverse else 1
+    g = torch.sigmoid(hidden[first] @ gates.weight[0].T + gates.bias[0])
+    torch.testing.assert_close(shares[second, second], g[mask.bool()].mean())

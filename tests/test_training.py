@@ -1,0 +1,609 @@
+"""The training step against a plain loop, and whole runs on data made here."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    get_linear_schedule_with_warmup,
+)
+
+from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
+from lad_fast.data import Batches, TokenizedSplit
+from lad_fast.glue import TASKS, get_task
+from lad_fast.models import build_student, load_classifier, save_checkpoint
+from lad_fast.training import (
+    RECIPES,
+    DistillConfig,
+    DistillStep,
+    FinetuneConfig,
+    clip_each_gate_,
+    distill,
+    evaluate,
+    finetune,
+    recipe,
+)
+
+RTE, MNLI, STSB = get_task("rte"), get_task("mnli"), get_task("stsb")
+WORDS = 24  # ids 4 to 13 speak for class 0, 14 to 23 for class 1
+
+
+def bert(task=RTE, num_layers=4, hidden_size=16, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=hidden_size, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, num_hidden_layers=num_layers, num_labels=task.num_labels,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=0.2,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def split(num_examples, task=RTE, seed=0, shortest=4, longest=12, name="train"):
+    """Examples whose words mostly come from their class's half of the vocabulary."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(shortest, longest + 1, num_examples)
+    classes = random.integers(0, 2, num_examples)
+    ids = [
+        np.concatenate(
+            [[2], 4 + 10 * (half ^ (random.random(n - 2) < 0.1)) + random.integers(0, 10, n - 2), [3]]
+        )
+        for n, half in zip(lengths, classes, strict=True)
+    ]
+    labels = classes.astype(np.float32) * 5 if task.is_regression else classes
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TokenizedSplit(
+        task, name, np.concatenate(ids).astype(np.int32), None, offsets, labels, np.arange(num_examples)
+    )
+
+
+def batches(num_examples, batch_size, **options):
+    return list(Batches(split(num_examples, **options), batch_size, 0, shuffle=False))
+
+
+def make_step(
+    task=RTE, student_hidden_size=16, seed=0, mask_padding=True, reverse=False, backend=None, **options
+):
+    teacher = bert(task, seed=seed)
+    student = bert(task, 2, student_hidden_size, seed=seed + 1)
+    torch.manual_seed(seed)
+    objective = LADObjective(
+        GateStack(4, 16, 16, reverse=reverse), 2, hidden_weight=100.0, regression=task.is_regression,
+        student_hidden_size=student_hidden_size, backend=backend,
+    )  # fmt: skip
+    settings = {
+        "learning_rate": 1e-2,
+        "gate_learning_rate": 3e-2,
+        "total_steps": 6,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+    }
+    return DistillStep(student, teacher, objective, mask_padding=mask_padding, **settings | options)
+
+
+def plain_loop(step, data, hidden_weight=100.0):
+    """The published way: one backward a loss, one optimizer a side, a clip a gate; gates as single parameters."""
+    student, teacher = step.student, step.teacher
+    gates = [
+        [torch.nn.Parameter(p[i].detach().clone()) for p in (step.gates.weight, step.gates.bias,
+                                                            step.gates.norm_weight, step.gates.norm_bias)]
+        for i in range(3)
+    ]  # fmt: skip
+    decayed = [p for n, p in student.named_parameters() if not ("bias" in n or "LayerNorm.weight" in n)]
+    plain = [p for n, p in student.named_parameters() if "bias" in n or "LayerNorm.weight" in n]
+    optimizers = [
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0}], lr=1e-2
+        ),
+        torch.optim.AdamW(
+            [
+                {"params": [gate[0] for gate in gates], "weight_decay": 0.1},
+                {"params": [p for gate in gates for p in gate[1:]], "weight_decay": 0},
+            ],
+            lr=3e-2,
+        ),
+    ]
+    schedules = [get_linear_schedule_with_warmup(optimizer, 2, 6) for optimizer in optimizers]
+    history = []
+    for batch in data:
+        labels = batch["labels"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        out = student(**inputs, output_hidden_states=True)
+        with torch.no_grad():
+            target = teacher(**inputs, output_hidden_states=True)
+        aggregates = reference.aggregate(
+            target.hidden_states[1:], tuple(torch.stack(tensors) for tensors in zip(*gates, strict=True)),
+            (1, 3), batch["attention_mask"],
+        )  # fmt: skip
+        real = batch["attention_mask"].bool()
+        hidden = [
+            hidden_weight / 2 * F.mse_loss(mine[real], aggregate[real])
+            for mine, aggregate in zip(out.hidden_states[1:], aggregates, strict=True)
+        ]
+        if labels.is_floating_point():
+            logits = 0.5 * F.mse_loss(out.logits[:, 0], labels) + 0.5 * F.mse_loss(out.logits, target.logits)
+        else:
+            soft = F.kl_div(
+                F.log_softmax(out.logits / 10, -1), F.softmax(target.logits / 10, -1), reduction="batchmean"
+            )
+            logits = 0.5 * F.cross_entropy(out.logits, labels) + 0.5 * 100 * soft
+        for loss in (*hidden, logits):
+            loss.backward(retain_graph=True)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for gate in gates:
+            torch.nn.utils.clip_grad_norm_(gate, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        history.append([logits.item(), *(loss.item() for loss in hidden)])
+    return history, gates
+
+
+@pytest.mark.parametrize("task", [RTE, STSB], ids=["classes", "regression"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_steps_are_those_of_a_plain_loop(task, backend):
+    data = batches(24, 4, task=task)
+    ours, theirs = make_step(task, backend=backend), make_step(task)
+    losses = [ours(batch) for batch in data]
+    history, gates = plain_loop(theirs, data)
+
+    actual = torch.stack([torch.stack([loss["logits_loss"], *loss["hidden_losses"]]) for loss in losses])
+    torch.testing.assert_close(actual, torch.tensor(history), rtol=1e-4, atol=0)
+    for name in ("loss", "hidden_loss", "logits_loss", "hidden_losses"):
+        assert all(not loss[name].requires_grad for loss in losses), name
+    start = make_step(task)
+    initial = start.student.state_dict()
+    for name, value in ours.student.state_dict().items():
+        # A key bias has no gradient but rounding, which AdamW scales up.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(
+                value, theirs.student.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name
+            )
+            # Token types other than 0 and the padding do not occur: nothing moves those rows but decay.
+            assert "position_ids" in name or not torch.equal(value, initial[name]), f"{name} was not trained"
+    for i, gate in enumerate(gates):
+        for name, value in zip(("weight", "bias", "norm_weight", "norm_bias"), gate, strict=True):
+            mine = getattr(ours.gates, name)[i]
+            torch.testing.assert_close(mine, value, rtol=1e-3, atol=1e-4, msg=f"{name}[{i}]")
+            assert not torch.equal(mine, getattr(start.gates, name)[i]), f"{name}[{i}] was not trained"
+
+
+def test_published_semantics_count_padding():
+    data = batches(8, 8)[0]
+    assert not data["attention_mask"].all()
+    masked, counted = (make_step(mask_padding=mask).losses(data) for mask in (True, False))
+    assert masked["logits_loss"] == counted["logits_loss"]
+    assert not torch.isclose(masked["hidden_loss"], counted["hidden_loss"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (6, 2)])
+def test_accumulated_parts_are_the_whole_batch(sizes):
+    (whole,) = batches(8, 8, shortest=12)  # no padding, so a mean over tokens is one over examples
+    parts = [
+        {n: v[i : i + size] for n, v in whole.items()} for i, size in ((0, sizes[0]), (sizes[0], sizes[1]))
+    ]
+    at_once, in_parts = make_step(), make_step()
+    for _ in range(3):
+        losses, accumulated = at_once(whole), in_parts(*parts)
+        for name, value in losses.items():
+            torch.testing.assert_close(accumulated[name], value, rtol=1e-5, atol=0)
+    for (name, a), b in zip(at_once.student.named_parameters(), in_parts.student.parameters(), strict=True):
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(at_once.gates.weight, in_parts.gates.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_gates_are_clipped_one_by_one():
+    gates = GateStack(5, 6, 3)
+    for parameter in gates.parameters():
+        parameter.grad = torch.randn_like(parameter) * torch.tensor([0.01, 1, 100, 0]).view(
+            -1, *[1] * (parameter.dim() - 1)
+        )
+    single = [[torch.nn.Parameter(p[i].detach().clone()) for p in gates.parameters()] for i in range(4)]
+    for i, tensors in enumerate(single):
+        for tensor, parameter in zip(tensors, gates.parameters(), strict=True):
+            tensor.grad = parameter.grad[i].clone()
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+    clip_each_gate_(gates, 1.0)
+    for i, tensors in enumerate(single):
+        for tensor, parameter in zip(tensors, gates.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad[i], tensor.grad)
+
+
+def test_gates_nothing_learns_from_are_only_decayed():
+    step = make_step(
+        reverse=True
+    )  # targets are layers 4 and 2, so the chain's last gate (layer 1) has no part
+    before = {name: value.clone() for name, value in step.gates.state_dict().items()}
+    data = batches(12, 4)
+    for batch in data:
+        step(batch)
+    # Rates of steps 0 to 2 are 0, 1/2 and 1 of the peak.
+    torch.testing.assert_close(
+        step.gates.weight[2], before["weight"][2] * (1 - 0.015 * 0.1) * (1 - 0.03 * 0.1)
+    )
+    assert torch.equal(step.gates.bias[2], before["bias"][2])
+    assert torch.equal(step.gates.norm_weight[2], before["norm_weight"][2])
+    assert not torch.equal(step.gates.bias[1], before["bias"][1])
+
+
+def test_teacher_and_its_mode_stay_as_they_are():
+    step = make_step()
+    before = copy.deepcopy(step.teacher.state_dict())
+    step(batches(4, 4)[0])
+    assert step.student.training
+    assert not step.teacher.training
+    assert all(parameter.grad is None for parameter in step.teacher.parameters())
+    for name, value in step.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_projections_are_trained_with_the_student():
+    step = make_step(student_hidden_size=8)
+    before = [projection.weight.clone() for projection in step.objective.projections]
+    for batch in batches(8, 4):
+        step(batch)
+    for projection, start in zip(step.objective.projections, before, strict=True):
+        assert not torch.equal(projection.weight, start)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_follows_float32(precision):
+    data = batches(24, 8)
+    exact, rough = make_step(), make_step(precision=precision)
+    for batch in data:
+        expected, actual = exact(batch)["loss"], rough(batch)["loss"]
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0)
+        assert actual != expected
+    assert {parameter.dtype for parameter in rough.student.parameters()} == {torch.float32}
+
+
+class Mute(BertForSequenceClassification):
+    """A teacher that keeps its hidden states to itself."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.hidden_states = None
+        return output
+
+
+class Sparse(BertForSequenceClassification):
+    """A teacher that gives every other hidden state."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.hidden_states = output.hidden_states[::2]
+        return output
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Mute, "no hidden states"), (Sparse, "3 hidden states")])
+def test_teachers_without_hidden_states_are_named(kind, found, tmp_path):
+    config = DistillConfig(
+        task="rte",
+        teacher="",
+        output_dir=tmp_path,
+        student_layers=2,
+        max_length=16,
+        progress=False,
+        device="cpu",
+    )
+    student = build_student(bert(), 2)
+    with pytest.raises(ValueError, match=f"teacher {kind.__name__} gives {found}; LAD takes 5"):
+        distill(config, train=split(8), evaluation={}, teacher=kind(bert().config), student=student)
+
+
+def test_a_teacher_without_an_objective_is_an_error():
+    with pytest.raises(ValueError, match="teacher and objective"):
+        DistillStep(bert(), bert(), learning_rate=1e-3, total_steps=1, warmup_steps=1)
+
+
+def settings(tmp_path, kind=DistillConfig, **options):
+    defaults = {
+        "task": "rte", "output_dir": tmp_path / "run", "batch_size": 8, "epochs": 2, "max_length": 16, "log_every": 3,
+        "learning_rate": 3e-3, "progress": False, "device": "cpu",
+    }  # fmt: skip
+    model = {"model": ""} if kind is FinetuneConfig else {"teacher": "", "student_layers": 2}
+    return kind(**defaults | model | options)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_finetune_learns_and_records(tmp_path):
+    config = settings(tmp_path, FinetuneConfig, epochs=3)
+    evaluation = {"validation": split(64, seed=1)}
+    result = finetune(config, train=split(96), evaluation=evaluation, model=bert(seed=3))
+    assert result.best_metrics["validation"]["accuracy"] > 0.8
+    assert result.steps == 36
+    assert result.tokens == 3 * len(split(96).input_ids)
+    assert result.seconds > 0
+    assert result.num_parameters == sum(p.numel() for p in result.model.parameters())
+
+    losses = [line for line in lines(config.output_dir) if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(3, 37, 3))
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert losses[-1]["lr"] == 0
+    assert losses[0]["lr"] == pytest.approx(3e-3 * 3 / 4)
+    assert all(line["tokens_per_second"] > 0 for line in losses)
+    evaluations = [line for line in lines(config.output_dir) if "metrics" in line]
+    assert [line["epoch"] for line in evaluations] == [1, 2, 3]
+    assert evaluations == result.history
+    saved = json.loads((config.output_dir / "results.json").read_text())
+    assert saved["best_metrics"] == result.best_metrics
+    assert "model" not in saved
+    assert json.loads((config.output_dir / "config.json").read_text())["learning_rate"] == 3e-3
+    state = json.loads((config.output_dir / "best" / "training.json").read_text())
+    assert state["step"] == result.best_step
+    assert state["metrics"] == result.best_metrics
+
+
+@pytest.mark.parametrize("method", ["lad", "logits", "none"])
+def test_distill_by_each_method(tmp_path, method):
+    config = settings(tmp_path, method=method, hidden_weight=1.0)
+    teacher = bert()
+    before = copy.deepcopy(teacher.state_dict())
+    evaluation = {"validation": split(24, seed=1)}
+    result = distill(config, train=split(36), evaluation=evaluation, teacher=teacher)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert result.steps == 10
+    first = lines(config.output_dir)[0]
+    assert math.isfinite(first["loss"])
+    assert ("hidden_loss" in first) == ("gate_lr" in first) == (method == "lad")
+    if method == "lad":
+        assert first["loss"] == pytest.approx(first["hidden_loss"] + first["logits_loss"], rel=1e-5)
+        assert sum(first["hidden_losses"]) == pytest.approx(first["hidden_loss"], rel=1e-5)
+    assert (config.output_dir / "last" / "gates.safetensors").exists() == (method == "lad")
+
+
+def test_methods_differ_in_their_first_loss(tmp_path):
+    teacher, train = bert(), split(8)
+    first = {}
+    for method in ("lad", "logits", "none"):
+        config = settings(tmp_path, method=method, max_steps=1, log_every=1)
+        distill(config, train=train, evaluation={}, teacher=teacher)
+        first[method] = lines(config.output_dir)[0]
+    (batch,) = Batches(train, 8, 0, shuffle=False)
+    student = build_student(teacher, 2)
+    logits, target = student(**{n: batch[n] for n in ("input_ids", "attention_mask")}).logits, teacher.eval()(
+        **{n: batch[n] for n in ("input_ids", "attention_mask")}
+    ).logits  # fmt: skip
+    hard = F.cross_entropy(logits, batch["labels"]).item()
+    both = fused_distill_loss(logits, target.detach(), batch["labels"], backend="reference").item()
+    assert first["none"]["loss"] == pytest.approx(hard, rel=1e-4)
+    assert first["logits"]["loss"] == pytest.approx(both, rel=1e-4)
+    assert first["lad"]["logits_loss"] == pytest.approx(both, rel=1e-4)
+    assert first["lad"]["hidden_loss"] > 0
+
+
+def test_checkpoints_hold_the_trained_weights(tmp_path):
+    tokenizer = BertTokenizer(
+        vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
+    )
+    config = settings(tmp_path)
+    held_out = split(24, seed=1)
+    result = distill(
+        config, train=split(36), evaluation={"validation": held_out}, teacher=bert(), tokenizer=tokenizer
+    )
+    data = Batches(held_out, 8, 0, shuffle=False)
+    last, _ = load_classifier(config.output_dir / "last", RTE, fine_tuned=True)
+    expected = evaluate(result.model, data, RTE)
+    actual = evaluate(last, data, RTE)
+    assert np.array_equal(actual.logits, expected.logits)
+    assert actual.metrics == result.last_metrics["validation"]
+    best, _ = load_classifier(config.output_dir / "best", RTE, fine_tuned=True)
+    assert evaluate(best, data, RTE).metrics == result.best_metrics["validation"]
+    gates = GateStack.from_pretrained(config.output_dir / "last")
+    assert (gates.num_layers, gates.hidden_size, gates.seq_len) == (4, 16, 16)
+    assert gates.norm_bias.abs().max() > 0
+
+
+def test_best_is_by_the_mean_over_evaluation_splits(tmp_path, monkeypatch):
+    scores = iter([(0.5, 0.5), (0.9, 0.3), (0.9, 0.2)])
+    current = []
+
+    def scripted(task, predictions, labels):
+        if not current:
+            current.extend(next(scores))
+        return {"accuracy": current.pop(0)}
+
+    monkeypatch.setattr("lad_fast.training.compute_metrics", scripted)
+    config = settings(tmp_path, FinetuneConfig, task="mnli", epochs=3)
+    evaluation = {name: split(8, MNLI, name=name) for name in MNLI.eval_splits}
+    result = finetune(config, train=split(8, MNLI), evaluation=evaluation, model=bert(MNLI))
+    assert result.best_step == 2
+    assert result.best_metrics == {
+        "validation_matched": {"accuracy": 0.9}, "validation_mismatched": {"accuracy": 0.3},
+    }  # fmt: skip
+    assert result.last_metrics["validation_mismatched"] == {"accuracy": 0.2}
+
+
+def test_without_evaluation_best_is_the_last(tmp_path):
+    config = settings(tmp_path, FinetuneConfig)
+    result = finetune(config, train=split(16), evaluation={}, model=bert())
+    assert result.best_step == result.steps == 4
+    assert result.best_metrics == {}
+
+
+@pytest.mark.parametrize(("max_steps", "steps", "epochs"), [(2, 2, 1), (3, 3, 1), (4, 4, 2), (99, 6, 2)])
+def test_max_steps_and_a_short_last_group(tmp_path, max_steps, steps, epochs):
+    # 36 examples make 5 batches, these 3 steps an epoch: 2 + 2 + 1.
+    config = settings(
+        tmp_path, FinetuneConfig, gradient_accumulation_steps=2, max_steps=max_steps, log_every=1
+    )
+    result = finetune(config, train=split(36), evaluation={}, model=bert())
+    assert result.steps == steps
+    assert len(result.history) == epochs
+    losses = [line for line in lines(config.output_dir) if "loss" in line]
+    assert losses[-1]["lr"] == 0
+    if steps >= 3:
+        assert result.tokens >= len(split(36).input_ids)
+
+
+def test_log_means_are_over_their_own_steps(tmp_path):
+    every, third = (
+        settings(tmp_path, FinetuneConfig, output_dir=tmp_path / str(n), log_every=n, epochs=1)
+        for n in (1, 3)
+    )
+    for config in (every, third):
+        finetune(config, train=split(48), evaluation={}, model=bert())
+    single = [line["loss"] for line in lines(every.output_dir) if "loss" in line]
+    means = [line["loss"] for line in lines(third.output_dir) if "loss" in line]
+    assert means == pytest.approx([np.mean(single[:3]), np.mean(single[3:])], rel=1e-5)
+
+
+def test_the_seed_decides(tmp_path):
+    def run(seed, name):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        torch.rand(seed)  # the caller's generators must not matter
+        config = settings(tmp_path, seed=seed, output_dir=tmp_path / name)
+        model = distill(config, train=split(36), evaluation={}, teacher=bert(dropout=0.1)).model
+        return [parameter.detach() for parameter in model.parameters()]
+
+    first, again, other = run(7, "a"), run(7, "b"), run(8, "c")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_evaluate_sorts_by_id_and_restores_the_mode():
+    model, held_out = bert(dropout=0.5), split(20, seed=1)
+    held_out.ids = held_out.ids[::-1].copy()
+    for training in (True, False):
+        model.train(training)
+        result = evaluate(model, Batches(held_out, 8, 0, shuffle=False), RTE)
+        assert model.training == training
+        assert result.ids.tolist() == list(range(20))
+        assert np.array_equal(result.predictions, result.logits.argmax(1))
+        assert result.metrics["accuracy"] == pytest.approx(
+            (result.predictions == held_out.labels[::-1]).mean()
+        )
+    one_by_one = evaluate(model, Batches(held_out, 1, 0, shuffle=False), RTE)
+    np.testing.assert_allclose(one_by_one.logits, result.logits, rtol=1e-4, atol=1e-5)
+    held_out.labels = None
+    assert evaluate(model, Batches(held_out, 8, 0, shuffle=False), RTE).metrics == {}
+
+
+def test_regression_end_to_end(tmp_path):
+    config = settings(tmp_path, task="stsb", hidden_weight=1.0)
+    result = distill(
+        config, train=split(36, STSB), evaluation={"validation": split(20, STSB, seed=1)}, teacher=bert(STSB)
+    )
+    assert set(result.best_metrics["validation"]) == set(STSB.metrics)
+    predictions = evaluate(
+        result.model, Batches(split(20, STSB, seed=1), 8, 0, shuffle=False), STSB
+    ).predictions
+    assert predictions.min() >= 0
+    assert predictions.max() <= 5
+
+
+def test_progress_shows_on_stderr_alone(tmp_path, capsys):
+    config = settings(tmp_path, FinetuneConfig, progress=True)
+    finetune(config, train=split(16), evaluation={"validation": split(8)}, model=bert())
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "rte epoch 2 step 4: validation accuracy" in shown.err
+    finetune(settings(tmp_path, FinetuneConfig), train=split(16), evaluation={}, model=bert())
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"num_threads": 0}, "num_threads is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"gate_learning_rate": float("nan")}, "gate_learning_rate is nan"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"precision": "float8"}, "precision is 'float8'"),
+        ({"method": "magic"}, "method is 'magic'"),
+        ({"padding": "none"}, "padding is 'none'"),
+        ({"device": "toaster"}, "device is 'toaster'"),
+        ({"task": "imdb"}, "task is 'imdb'"),
+        ({"max_length": 17}, "max_length is 17; this model takes at most 16"),
+        ({"student_layers": 5}, "student_layers is 5; this teacher takes 1 to 4"),
+        ({"student_init": "best"}, "init is 'best'"),
+        ({"student_init": "published"}, "pretrained is None"),
+        ({"task": "mnli"}, "teacher has num_labels = 2; task mnli takes 3"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"norm": "batch"}, "norm is 'batch'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        distill(settings(tmp_path, **options), train=split(8), evaluation={}, teacher=bert())
+
+
+def test_wrong_data_is_named(tmp_path):
+    unlabelled = split(8)
+    unlabelled.labels = None
+    with pytest.raises(ValueError, match="split train has no labels"):
+        distill(settings(tmp_path), train=unlabelled, evaluation={}, teacher=bert())
+    with pytest.raises(ValueError, match="split test has no labels"):
+        distill(settings(tmp_path), train=split(8), evaluation={"test": unlabelled}, teacher=bert())
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        distill(settings(tmp_path), teacher=bert())
+    with pytest.raises(ValueError, match="student has num_labels = 3"):
+        distill(settings(tmp_path), train=split(8), evaluation={}, teacher=bert(), student=bert(MNLI))
+
+
+def test_real_data_from_folders_by_the_published_way(tmp_path, shared):
+    """Models and GLUE files named by path, as the command line does."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "of", "in", "to", "and", "is", "##s"]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    for name in ("teacher", "pretrained"):
+        save_checkpoint(tmp_path / name, bert(), tokenizer)
+    config = settings(
+        tmp_path, teacher=str(tmp_path / "teacher"), pretrained=str(tmp_path / "pretrained"), max_steps=2,
+        student_init="published", mask_padding=False, padding="max_length", data_dir=shared / "glue",
+    )  # fmt: skip
+    result = distill(config)
+    assert set(result.best_metrics) == {"validation"}
+    assert result.model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_recipes_fit_the_configurations(tmp_path, task):
+    student = DistillConfig(task=task, teacher="t", output_dir=tmp_path, **recipe(task))
+    teacher = FinetuneConfig(task=task, output_dir=tmp_path, **recipe(task, "finetune"))
+    assert not student.mask_padding
+    assert (student.padding, teacher.padding) == ("max_length", "max_length")
+    row = RECIPES[task]
+    assert round(teacher.max_steps * teacher.warmup_ratio) == row.teacher_warmup_steps
+    per_epoch = math.ceil(row.num_examples / 32)
+    assert teacher.max_steps <= teacher.epochs * per_epoch < teacher.max_steps + per_epoch
+    assert 0 <= student.epochs * per_epoch - student.max_steps <= student.epochs
+
+
+def test_recipe_of_rte_in_full():
+    assert recipe("rte") == {
+        "batch_size": 32, "max_length": 128, "padding": "max_length", "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "seed": 42, "learning_rate": 7e-4, "gate_learning_rate": 3e-5, "epochs": 10, "warmup_ratio": 0.1,
+        "temperature": 10, "soft_weight": 0.5, "hard_weight": 0.5, "hidden_weight": 1000, "max_steps": 778,
+        "student_layers": 6, "student_init": "published", "pretrained": "google-bert/bert-base-uncased",
+        "mask_padding": False, "norm": "sequence", "reverse": False,
+    }  # fmt: skip
+
+
+def test_recipes_exist_for_six_tasks():
+    for task in set(TASKS) - set(RECIPES):
+        with pytest.raises(ValueError, match="the paper has recipes for rte, mrpc, sst2, qnli, qqp, mnli"):
+            recipe(task)
+    with pytest.raises(ValueError, match="command is 'train'"):
+        recipe("rte", "train")
