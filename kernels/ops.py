@@ -299,7 +299,9 @@ def _(student_logits, teacher_logits, labels, temperature, soft_weight, hard_wei
 
 class _DistillLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend):
+    def forward(
+        ctx, student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend
+    ):
         loss, grad = distill_loss_forward(
             student_logits.contiguous(), teacher_logits.contiguous(), labels.contiguous(), temperature, soft_weight,
             hard_weight, regression, backend,

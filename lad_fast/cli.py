@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]):
         defaults = _recipe_defaults(kind, argv[1:]) if argv[:1] == [command.name] else {}
         markers = tyro.conf.subcommand(command.name, prefix_name=False, **defaults)
         kinds.append(Annotated[kind, markers])
-    return _parse(Union[tuple(kinds)], argv)  # noqa: UP007: the members are known only here
+    return _parse(Union[tuple(kinds)], argv)  # noqa: UP007 - the members are known only here
 
 
 def _recipe_defaults(kind: type, argv: Sequence[str]) -> dict:

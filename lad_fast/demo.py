@@ -38,19 +38,21 @@ from lad_fast.training import DistillConfig, FinetuneConfig, TrainingResult, dis
 
 TASK = Task("demo", ("sentence",), labels=("unkind", "kind"), test_splits=())
 
-WORKS = "film play book song poem dance".split()
-ARTISTS = "singer actor poet dancer".split()
-CRITICS = "judge editor reporter teacher".split()
-KIND_WORDS = "brilliant lovely clever graceful vivid honest".split()
-UNKIND_WORDS = "dreadful clumsy boring shallow noisy dull".split()
-KIND_DEEDS = "praised admired thanked".split()
-UNKIND_DEEDS = "mocked insulted blamed".split()
-NEGATIONS = "not never hardly".split()
-EMPHASES = "really always clearly".split()
+WORKS = ["film", "play", "book", "song", "poem", "dance"]
+ARTISTS = ["singer", "actor", "poet", "dancer"]
+CRITICS = ["judge", "editor", "reporter", "teacher"]
+KIND_WORDS = ["brilliant", "lovely", "clever", "graceful", "vivid", "honest"]
+UNKIND_WORDS = ["dreadful", "clumsy", "boring", "shallow", "noisy", "dull"]
+KIND_DEEDS = ["praised", "admired", "thanked"]
+UNKIND_DEEDS = ["mocked", "insulted", "blamed"]
+NEGATIONS = ["not", "never", "hardly"]
+EMPHASES = ["really", "always", "clearly"]
+# Rare enough that a model first learns the rule without them: at one half, training sits on a plateau for long.
 NEGATED_SHARE = 0.3
+PASSIVE_SHARE = 0.25
 PLAIN_SHARE = 1 / 3
 
-NUM_TRAIN, NUM_DEV = 8000, 1000
+NUM_TRAIN, NUM_DEV = 9600, 1000
 BATCH_SIZE, MAX_LENGTH = 32, 32
 METHODS = {"none": "student, labels only", "logits": "student, logits", "lad": "student, LAD"}
 
@@ -61,7 +63,7 @@ class DemoConfig:
 
     output_dir: Path = Path("runs/demo")
     """Folder for results.json, comparison.png and the checkpoints."""
-    teacher_steps: int = 750
+    teacher_steps: int = 900
     """Training steps of the teacher, 32 sentences each."""
     student_steps: int = 150
     """Training steps of each student, 32 sentences each."""
@@ -120,7 +122,7 @@ def _deed(rng: random.Random, kind: bool, doer: str, done_to: str) -> str:
     adverb = rng.choice(NEGATIONS if negated else EMPHASES)
     deed = rng.choice(KIND_DEEDS if kind != negated else UNKIND_DEEDS)
     active, passive = f"the {doer} {adverb} {deed} the {done_to}", f"the {done_to} was {adverb} {deed} by the {doer}"
-    return rng.choice((active, passive))
+    return passive if rng.random() < PASSIVE_SHARE else active
 
 
 def make_splits(seed: int, num_train: int = NUM_TRAIN, num_dev: int = NUM_DEV) -> dict[str, Examples]:

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import lad_fast
+from lad_fast.functional import BACKENDS
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 OPTIONAL_PACKAGES = ("datasets", "pyarrow", "scikit-learn", "scipy", "matplotlib")
-BACKENDS = ("reference", "torch", "triton")
 # Accumulation order differs between back ends; tf32 keeps ten bits of mantissa in a GPU's matrix products.
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-3}
 
@@ -99,7 +99,6 @@ def facts() -> Iterator[tuple[str, str]]:
         yield package, installed_version(package)
     yield "NVIDIA apex", "FusedAdam found" if has_apex() else "not installed (optional)"
     yield "CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    yield "bfloat16 on CPU", "native" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "emulated"
     if not torch.cuda.is_available():
         yield "GPU", "none"
     for index in range(torch.cuda.device_count()):

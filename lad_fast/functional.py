@@ -61,8 +61,8 @@ def fused_aggregate(
     hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
     first, num_layers = hidden_states[0], len(hidden_states)
     weight, bias, norm_weight, norm_bias = _check_gates(gates, first, num_layers)
-    if reverse is None:
-        reverse = getattr(gates, "reverse", False)
+    if reverse is None:  # a list of tensors has a method of that name
+        reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
     layers = _check_layers(layers, num_layers)
     seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
     backend = _check_backend(backend, first)
@@ -71,7 +71,9 @@ def fused_aggregate(
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
         cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
     elif seq_len is not None and first.shape[1] > seq_len:
-        raise ValueError(f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}")
+        raise ValueError(
+            f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"
+        )
     if attention_mask is not None:
         _check_mask(attention_mask, first)
     if backend == "reference":
@@ -291,7 +293,9 @@ def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor
         if not isinstance(tensor, Tensor):
             raise TypeError(f"gates' {name} is a {type(tensor).__name__}; it takes a tensor")
         if tensor.dtype != dtype:
-            raise TypeError(f"gates' {name} has dtype {tensor.dtype}; with {hidden.dtype} hidden_states it takes {dtype}")
+            raise TypeError(
+                f"gates' {name} has dtype {tensor.dtype}; with {hidden.dtype} hidden_states it takes {dtype}"
+            )
         _check_same_device(f"gates' {name}", tensor, "hidden_states", hidden)
     weight, bias, norm_weight, norm_bias = tensors
     if weight.dim() != 3 or weight.shape[0] != num_layers - 1:
@@ -302,14 +306,17 @@ def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor
         raise ValueError(f"gates' weight has shape {tuple(weight.shape)}; hidden_states have D = {hidden_size}")
     if bias.shape != (num_layers - 1, hidden_size):
         raise ValueError(f"gates' bias has shape {tuple(bias.shape)}; it takes {(num_layers - 1, hidden_size)}")
-    fits = norm_weight.dim() in (2, 3) and norm_weight.shape[0] == num_layers - 1 and norm_weight.shape[-1] == hidden_size
+    ends = norm_weight.shape[:1] + norm_weight.shape[-1:]
+    fits = norm_weight.dim() in (2, 3) and ends == (num_layers - 1, hidden_size)
     if not fits or norm_weight.numel() == 0:
         raise ValueError(
             f"gates' norm_weight has shape {tuple(norm_weight.shape)}; it takes ({num_layers - 1}, S, {hidden_size}) "
             f"or ({num_layers - 1}, {hidden_size})"
         )
     if norm_bias.shape != norm_weight.shape:
-        raise ValueError(f"gates' norm_bias has shape {tuple(norm_bias.shape)}; norm_weight has {tuple(norm_weight.shape)}")
+        raise ValueError(
+            f"gates' norm_bias has shape {tuple(norm_bias.shape)}; norm_weight has {tuple(norm_weight.shape)}"
+        )
     return tensors
 
 
@@ -352,12 +359,16 @@ def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != hidden.shape[0]:
-            raise ValueError(f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it takes 0 to tokens = {hidden.shape[0]}")
+            raise ValueError(
+                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; it takes 0 to tokens = {hidden.shape[0]}"
+            )
         longest = max(end - start for start, end in pairwise(bounds))
         if any(end < start for start, end in pairwise(bounds)):
             raise ValueError("cu_seqlens decreases; it takes ascending bounds")
         if seq_len is not None and longest > seq_len:
-            raise ValueError(f"cu_seqlens has an example of {longest} tokens; the gates' norm takes at most seq_len = {seq_len}")
+            raise ValueError(
+                f"cu_seqlens has an example of {longest} tokens; the gates' norm takes at most seq_len = {seq_len}"
+            )
     return cu_seqlens.to(device=hidden.device, dtype=torch.int32)
 
 

@@ -40,7 +40,8 @@ class GateStack(nn.Module):
         self, num_layers: int, hidden_size: int, seq_len: int = 128, norm: str = "sequence", reverse: bool = False
     ) -> None:
         super().__init__()
-        for name, value, least in (("num_layers", num_layers, 2), ("hidden_size", hidden_size, 1), ("seq_len", seq_len, 1)):  # fmt: skip
+        sizes = (("num_layers", num_layers, 2), ("hidden_size", hidden_size, 1), ("seq_len", seq_len, 1))
+        for name, value, least in sizes:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it takes an integer of at least {least}")
         if norm not in ("sequence", "token"):

@@ -61,7 +61,8 @@ class LADObjective(nn.Module):
             raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {gates.num_layers}")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
-        for name, value in (("soft_weight", soft_weight), ("hard_weight", hard_weight), ("hidden_weight", hidden_weight)):
+        weights = {"soft_weight": soft_weight, "hard_weight": hard_weight, "hidden_weight": hidden_weight}
+        for name, value in weights.items():
             if not value >= 0:
                 raise ValueError(f"{name} is {value!r}; it takes a number of at least 0")
         if student_hidden_size is not None and student_hidden_size < 1:
@@ -142,7 +143,9 @@ def _unpack(name: str, hidden_states, logits):
     """Hidden states without the embedding output, and logits, also from a Hugging Face model output."""
     if hasattr(hidden_states, "logits"):
         if hidden_states.hidden_states is None:
-            raise ValueError(f"{name}_hidden_states is a model output without hidden states; pass output_hidden_states=True")
+            raise ValueError(
+                f"{name}_hidden_states is a model output without hidden states; pass output_hidden_states=True"
+            )
         return hidden_states.hidden_states[1:], hidden_states.logits
     if logits is None:
         raise ValueError(f"{name}_logits is None; it takes a tensor (B, C)")

@@ -7,6 +7,7 @@ Shapes: L teacher layers, K student layers, B batch, S sequence, T tokens, D hid
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def _layer_norm(blend, weight, bias, attention_mask, cu_seqlens, eps):
         return _zero_padding(F.layer_norm(blend, weight.shape, weight, bias, eps), attention_mask)
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
-        examples = [blend[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        examples = [blend[start:end] for start, end in pairwise(bounds)]
         return torch.cat([F.layer_norm(x, x.shape, weight[: len(x)], bias[: len(x)], eps) for x in examples])
     seq_len, hidden_size = blend.shape[1:]
     weight, bias = weight[:seq_len], bias[:seq_len]

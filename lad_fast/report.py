@@ -44,7 +44,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         first, *others = (
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         return "  ".join([first, *others]).rstrip()
 
@@ -56,7 +57,13 @@ def comparison_table(measurements: Sequence[Measurement], metric: str = "accurac
     return format_table(
         ["model", metric, "parameters", "training", "sentences/s"],
         [
-            [m.name, f"{m.score:.1%}", f"{m.num_parameters:,}", f"{m.train_seconds:.1f} s", f"{m.examples_per_second:,.0f}"]
+            [
+                m.name,
+                f"{m.score:.1%}",
+                f"{m.num_parameters:,}",
+                f"{m.train_seconds:.1f} s",
+                f"{m.examples_per_second:,.0f}",
+            ]
             for m in measurements
         ],
     )

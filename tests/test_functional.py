@@ -19,6 +19,10 @@ def aggregate(hidden=STATES, gates=STACK, *rest, **options):
     return lambda: lad_fast.fused_aggregate(hidden, gates, *rest, **options)
 
 
+def packed(mask, bounds):
+    return aggregate([h[0] for h in STATES], STACK, None, mask, bounds)
+
+
 def hidden(student=STATES, targets=STATES, *rest, **options):
     return lambda: lad_fast.fused_hidden_loss(student, targets, *rest, **options)
 
@@ -62,13 +66,15 @@ WRONG = {
     "layer a float": (aggregate(STATES, STACK, (1.0,)), TypeError, "layers holds 1.0"),
     "mask of another shape": (aggregate(STATES, STACK, None, torch.ones(2, 4)), ValueError, "attention_mask"),
     "mask a list": (aggregate(STATES, STACK, None, [[1] * 5] * 2), TypeError, "attention_mask"),
-    "mask and bounds": (aggregate([h[0] for h in STATES], STACK, None, torch.ones(5), [0, 5]), ValueError, "exclude"),
-    "bounds too short": (aggregate([h[0] for h in STATES], STACK, None, None, [0, 4]), ValueError, "tokens = 5"),
-    "bounds from 1": (aggregate([h[0] for h in STATES], STACK, None, None, [1, 5]), ValueError, "from 1"),
-    "bounds that fall": (aggregate([h[0] for h in STATES], STACK, None, None, [0, 4, 2, 5]), ValueError, "decreases"),
-    "bounds floating": (aggregate([h[0] for h in STATES], STACK, None, None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens"),
-    "bounds of two axes": (aggregate([h[0] for h in STATES], STACK, None, None, torch.tensor([[0, 5]])), ValueError, "cu_seqlens"),
-    "packed example too long": (aggregate([torch.randn(9, 4)] * 3, STACK, None, None, [0, 2, 9]), ValueError, "7 tokens"),
+    "mask and bounds": (packed(torch.ones(5), [0, 5]), ValueError, "exclude"),
+    "bounds too short": (packed(None, [0, 4]), ValueError, "tokens = 5"),
+    "bounds from 1": (packed(None, [1, 5]), ValueError, "from 1"),
+    "bounds that fall": (packed(None, [0, 4, 2, 5]), ValueError, "decreases"),
+    "bounds floating": (packed(None, torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens"),
+    "bounds of two axes": (packed(None, torch.tensor([[0, 5]])), ValueError, "cu_seqlens"),
+    "packed example too long": (
+        aggregate([torch.randn(9, 4)] * 3, STACK, None, None, [0, 2, 9]), ValueError, "7 tokens",
+    ),
     "unknown back end": (aggregate(STATES, STACK, backend="cuda"), ValueError, "backend is 'cuda'"),
     "float64 on triton": (
         aggregate([h.double() for h in STATES], GateStack(3, 4, 6).double(), backend="triton"), TypeError, "float64",
@@ -91,7 +97,9 @@ WRONG = {
     "labels too many": (distill(LOGITS, LOGITS, torch.tensor([0, 1, 2])), ValueError, r"labels has shape \(3,\)"),
     "label too large": (distill(LOGITS, LOGITS, torch.tensor([0, 3])), ValueError, "labels holds 3"),
     "label negative": (distill(LOGITS, LOGITS, torch.tensor([0, -1])), ValueError, "labels holds -1"),
-    "regression with class ids": (distill(LOGITS[:, :1], LOGITS[:, :1], LABELS, regression=True), TypeError, "floating"),
+    "regression with class ids": (
+        distill(LOGITS[:, :1], LOGITS[:, :1], LABELS, regression=True), TypeError, "floating",
+    ),
     "regression with two outputs": (distill(LOGITS, LOGITS, LABELS.float(), regression=True), ValueError, "one number"),
     "one layer": (lambda: GateStack(1, 4), ValueError, "num_layers is 1"),
     "no hidden size": (lambda: GateStack(2, 0), ValueError, "hidden_size is 0"),
@@ -115,13 +123,19 @@ def test_wrong_calls_name_the_argument(name):
         call()
 
 
+def test_plain_gate_tensors_run_forward():
+    """A list has a method named reverse, which is no answer to whether the chain runs in reverse."""
+    ours = lad_fast.fused_aggregate(STATES, tensors(), (2,), backend="torch")
+    assert torch.equal(ours[0], STACK(STATES, (2,), backend="torch")[0])
+    assert not torch.equal(ours[0], STATES[2])
+
+
 def test_default_back_end_follows_the_device_and_the_interpreter():
     code = (
         "import torch, lad_fast; from lad_fast.functional import _check_backend as b; x = torch.ones(1);"
         "print(b(None, x), b(None, x.double()))"
     )
     for value, expected in (("0", "torch torch"), ("1", "triton torch")):
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={"TRITON_INTERPRET": value, "PATH": "/usr/bin"}, capture_output=True, text=True
-        )
+        environment = {"TRITON_INTERPRET": value, "PATH": "/usr/bin"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr

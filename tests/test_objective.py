@@ -34,7 +34,16 @@ def test_objective_is_the_papers(backend, reverse, regression):
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     out = objective(student, teacher, student_logits, teacher_logits, labels, mask)
     expected = reference.lad_loss(
-        student, teacher, student_logits, teacher_logits, labels, gates, (1, 3, 5), mask, regression=regression, **settings
+        student,
+        teacher,
+        student_logits,
+        teacher_logits,
+        labels,
+        gates,
+        (1, 3, 5),
+        mask,
+        regression=regression,
+        **settings,
     )
     leaves = (*student, student_logits, *gates.parameters())
     ours = torch.autograd.grad(out.loss, leaves)
@@ -47,7 +56,10 @@ def test_objective_is_the_papers(backend, reverse, regression):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("layers, students, expected", ((12, 6, (1, 3, 5, 7, 9, 11)), (12, 5, (1, 3, 5, 7, 9)), (12, 12, tuple(range(12))), (24, 4, (5, 11, 17, 23))))  # fmt: skip
+MAPS = ((12, 6, (1, 3, 5, 7, 9, 11)), (12, 5, (1, 3, 5, 7, 9)), (12, 12, tuple(range(12))), (24, 4, (5, 11, 17, 23)))
+
+
+@pytest.mark.parametrize("layers, students, expected", MAPS)
 def test_student_layers_map_to_every_skipth_aggregate(layers, students, expected):
     assert LADObjective(GateStack(layers, 4, 4), students).layers == expected
 

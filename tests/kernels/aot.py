@@ -136,7 +136,9 @@ def table(architectures, precisions) -> list[Row]:
             torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
             for norm, mode in (("sequence", "plain"), ("sequence", "packed"), ("token", "masked")):
 
-                def record(kernel, grid, *, architecture=architecture, precision=precision, mode=f"{norm} {mode}", **arguments):
+                def record(
+                    kernel, grid, *, architecture=architecture, precision=precision, mode=f"{norm} {mode}", **arguments
+                ):
                     compiled = compile_launch(kernel, arguments, architecture)
                     if compiled.hash in seen:
                         return
@@ -166,7 +168,9 @@ def main() -> None:
     if launch.interpreted():
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     rows = table(arguments.architecture, arguments.precision)
-    print(f"{'kernel':26}{'target':8}{'precision':10}{'mode':17}{'regs':>5}{'spill B':>8}{'shared B':>9}{'matrix':>7}{'warps':>6}")
+    print(
+        f"{'kernel':26}{'target':8}{'precision':10}{'mode':17}{'regs':>5}{'spill B':>8}{'shared B':>9}{'matrix':>7}{'warps':>6}"
+    )
     for r in rows:
         print(
             f"{r.kernel:26}{r.architecture:8}{r.precision:10}{r.mode:17}{r.registers:5}{r.spilled_bytes:8}"

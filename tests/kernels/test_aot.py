@@ -27,7 +27,12 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
     names = {row["kernel"] for row in rows}
-    assert names >= GEMM_KERNELS | {"_norm_fwd_kernel", "_gate_bwd_kernel", "_hidden_loss_bwd_kernel", "_logit_loss_kernel"}
+    assert names >= GEMM_KERNELS | {
+        "_norm_fwd_kernel",
+        "_gate_bwd_kernel",
+        "_hidden_loss_bwd_kernel",
+        "_logit_loss_kernel",
+    }
     assert not [row for row in rows if row["spilled_bytes"]]
     assert not [row for row in rows if row["shared_bytes"] > SHARED_LIMIT[architecture]]
     # float32 in full precision ("ieee") has no matrix instruction on NVIDIA's GPUs; everything else must use them.
