@@ -168,9 +168,8 @@ def main() -> None:
     if launch.interpreted():
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     rows = table(arguments.architecture, arguments.precision)
-    print(
-        f"{'kernel':26}{'target':8}{'precision':10}{'mode':17}{'regs':>5}{'spill B':>8}{'shared B':>9}{'matrix':>7}{'warps':>6}"
-    )
+    names = ("kernel", "target", "precision", "mode", "regs", "spill B", "shared B", "matrix", "warps")
+    print("{:26}{:8}{:10}{:17}{:>5}{:>8}{:>9}{:>7}{:>6}".format(*names))
     for r in rows:
         print(
             f"{r.kernel:26}{r.architecture:8}{r.precision:10}{r.mode:17}{r.registers:5}{r.spilled_bytes:8}"
