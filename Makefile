@@ -1,12 +1,13 @@
 # make demo    trains a small teacher, distils it three ways, prints a table (about two minutes on two cores)
 # make test    the whole test suite
+# make bench   the objective's time, back end beside back end, on this machine
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: $(INSTALLED)
 	$(BIN)/lad-fast demo
@@ -15,6 +16,9 @@ demo: $(INSTALLED)
 # where kernels/ hides Hugging Face's kernels.
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses=auto $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -66,9 +66,7 @@ def load_classifier(
     random = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     inner = [name for name in random if re.search(r"\.layer\.|embeddings\.", name)]
     if inner:
-        raise ValueError(
-            f"model {name_or_path} lacks {len(inner)} of its encoder's weights, such as {inner[0]}"
-        )
+        raise ValueError(f"model {name_or_path} lacks {len(inner)} of its encoder's weights, such as {inner[0]}")
     if fine_tuned and random:
         raise ValueError(f"model {name_or_path} is no finished classifier: it lacks {', '.join(random)}")
     if len(tokenizer) > model.config.vocab_size:
@@ -101,16 +99,12 @@ def _find_source(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(
-                f"model {name_or_path} is a folder without config.json; it takes a save_pretrained folder"
-            )
+            raise ValueError(f"model {name_or_path} is a folder without config.json; it takes a save_pretrained folder")
         return str(path)
     name = str(name_or_path)
     is_hub_name = isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
     if path.exists() or not is_hub_name:
-        raise ValueError(
-            f"model {name_or_path} is not a folder; it takes a save_pretrained folder or a hub name"
-        )
+        raise ValueError(f"model {name_or_path} is not a folder; it takes a save_pretrained folder or a hub name")
     return name
 
 
@@ -122,8 +116,7 @@ def _check_labels(name_or_path, config, task: Task) -> None:
 
     if config.num_labels != task.num_labels:
         raise _LabelError(
-            f"model {name_or_path} has num_labels = {config.num_labels}; "
-            f"task {task.name} takes {task.num_labels}"
+            f"model {name_or_path} has num_labels = {config.num_labels}; task {task.name} takes {task.num_labels}"
         )
     names = [plain(config.id2label[i]) for i in range(config.num_labels)]
     unnamed = all(re.fullmatch(r"(label)?\d+", name) for name in names)
@@ -150,9 +143,7 @@ def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return name, module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {num_layers} encoder layers; it takes a BERT-like model"
-    )
+    raise ValueError(f"{type(model).__name__} has no list of {num_layers} encoder layers; it takes a BERT-like model")
 
 
 def build_student(
@@ -189,9 +180,7 @@ def build_student(
     skip = total // num_layers
     layer_map = list(range(skip - 1, total, skip)[:num_layers] if layer_map is None else layer_map)
     if len(layer_map) != num_layers or not all(layer in range(total) for layer in layer_map):
-        raise ValueError(
-            f"layer_map is {layer_map}; it takes num_layers = {num_layers} layers from 0 to {total - 1}"
-        )
+        raise ValueError(f"layer_map is {layer_map}; it takes num_layers = {num_layers} layers from 0 to {total - 1}")
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
     student = type(teacher)(config)
@@ -245,9 +234,7 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
     return inputs, mask
 
 
-def save_checkpoint(
-    folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None
-):
+def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None):
     """Write or replace a ``save_pretrained`` folder in one move: a reader never finds half of it.
 
     Args:

@@ -197,8 +197,7 @@ def _layer_outputs(role: str, model: PreTrainedModel, output) -> tuple[Tensor, .
     if states is None or len(states) != num_layers + 1:
         found = "no hidden states" if states is None else f"{len(states)} hidden states"
         raise ValueError(
-            f"{role} {type(model).__name__} gives {found}; "
-            f"LAD takes {num_layers + 1}: the embeddings' and one a layer"
+            f"{role} {type(model).__name__} gives {found}; LAD takes {num_layers + 1}: the embeddings' and one a layer"
         )
     return states[1:]
 
@@ -404,9 +403,7 @@ def distill(
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
     if model.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"{role} has num_labels = {model.config.num_labels}; task {task.name} takes {task.num_labels}"
-        )
+        raise ValueError(f"{role} has num_labels = {model.config.num_labels}; task {task.name} takes {task.num_labels}")
 
 
 def _make_student(config: DistillConfig, task: Task, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -416,9 +413,7 @@ def _make_student(config: DistillConfig, task: Task, teacher: PreTrainedModel) -
     pretrained = None
     if config.student_init == "published":
         if config.pretrained is None:
-            raise ValueError(
-                "pretrained is None; student_init 'published' takes the model before fine-tuning"
-            )
+            raise ValueError("pretrained is None; student_init 'published' takes the model before fine-tuning")
         pretrained, _ = load_classifier(config.pretrained, task)
     return build_student(teacher, config.student_layers, config.student_init, pretrained=pretrained)
 

@@ -34,9 +34,9 @@ class Golden:
     def tensors(self, prefix):
         """Entries below ``prefix`` under Hugging Face names."""
         return {
-            name.removeprefix(f"{prefix}/")
-            .replace("encoder.", "bert.", 1)
-            .replace("linear_layer.", "classifier."): (torch.from_numpy(value))
+            name.removeprefix(f"{prefix}/").replace("encoder.", "bert.", 1).replace("linear_layer.", "classifier."): (
+                torch.from_numpy(value)
+            )
             for name, value in self.arrays.items()
             if name.startswith(f"{prefix}/")
         }
@@ -135,8 +135,7 @@ def test_losses_of_every_step_and_final_weights(golden, backend):
 
     final = dict(step.student.named_parameters())
     errors = {
-        name: relative_rms(final[name].detach(), value)
-        for name, value in golden.tensors("student_final").items()
+        name: relative_rms(final[name].detach(), value) for name, value in golden.tensors("student_final").items()
     }
     for name, values in golden.gates("gate_final").items():
         stacked = getattr(step.gates, name).detach()

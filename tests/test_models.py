@@ -29,9 +29,7 @@ BERT_SIZES = SIZES | {"hidden_size": 16, "num_attention_heads": 2, "intermediate
 
 
 def bert(num_layers=4, **config):
-    return BertForSequenceClassification(
-        BertConfig(**BERT_SIZES, num_hidden_layers=num_layers, **config)
-    ).eval()
+    return BertForSequenceClassification(BertConfig(**BERT_SIZES, num_hidden_layers=num_layers, **config)).eval()
 
 
 FAMILIES = {
