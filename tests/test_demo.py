@@ -67,14 +67,15 @@ def grade(sentence: str) -> int:
         _, one, other = sentence.split(" that ")
         return kind(one if one.startswith("is ") else other)
     if "although" in words:
-        before, after = sentence.split("although")
+        before = sentence.split("although")[0]
         if before:
             return kind(before)
         (second,) = [i for i, word in enumerate(words) if word == "the" and i > 1]
         return kind(" ".join(words[second:]))
     if "but" in words:
         return kind(sentence.split(" but ")[1])
-    (about_artist,) = (part for part in sentence.split(" and ") if _done_to(part) in {"singer", "actor", "poet", "dancer"})
+    artists = {"singer", "actor", "poet", "dancer"}
+    (about_artist,) = (part for part in sentence.split(" and ") if _done_to(part) in artists)
     return kind(about_artist)
 
 
@@ -142,7 +143,7 @@ def test_demo_from_end_to_end(tmp_path, capsys):
 
 
 def test_demo_on_the_command_line(tmp_path, capsys):
-    argv = ["demo", "--teacher-steps", "1", "--student-steps", "1", "--no-progress", "--output-dir", str(tmp_path / "d")]
-    assert main(argv) == 0
+    steps = ["--teacher-steps", "1", "--student-steps", "1"]
+    assert main(["demo", *steps, "--no-progress", "--output-dir", str(tmp_path / "d")]) == 0
     assert "student, LAD" in capsys.readouterr().out
     assert (tmp_path / "d/results.json").is_file()
