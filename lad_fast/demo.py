@@ -45,7 +45,7 @@ KIND_WORDS = ["brilliant", "lovely", "clever", "graceful", "vivid", "honest"]
 UNKIND_WORDS = ["dreadful", "clumsy", "boring", "shallow", "noisy", "dull"]
 KIND_DEEDS = ["praised", "admired", "thanked"]
 UNKIND_DEEDS = ["mocked", "insulted", "blamed"]
-NEGATIONS = ["not", "never", "hardly"]
+NEGATIONS = ["never", "hardly", "scarcely"]
 EMPHASES = ["really", "always", "clearly"]
 # Rare enough that a model first learns the rule without them: at one half, training sits on a plateau for long.
 NEGATED_SHARE = 0.3
@@ -65,12 +65,12 @@ class DemoConfig:
     """Folder for results.json, comparison.png and the checkpoints."""
     teacher_steps: int = 900
     """Training steps of the teacher, 32 sentences each."""
-    student_steps: int = 150
+    student_steps: int = 400
     """Training steps of each student, 32 sentences each."""
     seed: int = 42
     """Of sentences, weights and the order of examples."""
-    num_threads: int | None = None
-    """CPU threads; None leaves PyTorch's choice."""
+    num_threads: int = 1
+    """CPU threads; so small a model gains little from more, and loses much where other programs share the cores."""
     progress: bool = True
     """Progress bars and one line an evaluation, on stderr."""
 
@@ -154,9 +154,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=500, special_tokens=list(special.values()), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=list(special.values()), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
@@ -221,7 +219,7 @@ def demo(config: DemoConfig) -> list[Measurement]:
         "tokenizer": tokenizer,
     }
 
-    def settings(name: str, steps: int) -> dict:
+    def settings(name: str, steps: int, learning_rate: float) -> dict:
         return {
             "task": TASK.name,
             "output_dir": config.output_dir / name,
@@ -229,7 +227,7 @@ def demo(config: DemoConfig) -> list[Measurement]:
             "max_steps": steps,
             "batch_size": BATCH_SIZE,
             "max_length": MAX_LENGTH,
-            "learning_rate": 3e-4,
+            "learning_rate": learning_rate,
             "seed": config.seed,
             "num_threads": config.num_threads,
             "progress": config.progress,
@@ -241,18 +239,21 @@ def demo(config: DemoConfig) -> list[Measurement]:
         return Measurement(name, score, result.num_parameters, result.seconds, speed)
 
     print(f"\nTraining a teacher of 6 layers for {config.teacher_steps} steps", flush=True)
-    teaching = FinetuneConfig(model="made by the demo", **settings("teacher", config.teacher_steps))
+    teaching = FinetuneConfig(model="made by the demo", **settings("teacher", config.teacher_steps, 3e-4))
     taught = finetune(teaching, **data, model=build_teacher(tokenizer, config.seed))
     measurements = [measure("teacher", taught)]
 
-    student = build_student(taught.model, 3)
+    # With the teacher's layers to start from, this task would be learned by any method in a few dozen steps.
+    set_seed(config.seed)
+    student = build_student(taught.model, 3, init="random")
     for method, name in METHODS.items():
         print(f"Training a {name}: 3 layers, {config.student_steps} steps", flush=True)
         distilling = DistillConfig(
             teacher="made by the demo",
             student_layers=3,
+            student_init="random",
             method=method,
-            **settings(f"student-{method}", config.student_steps),
+            **settings(f"student-{method}", config.student_steps, 5e-4),
         )
         distilled = distill(distilling, **data, teacher=taught.model, student=copy.deepcopy(student))
         measurements.append(measure(name, distilled))

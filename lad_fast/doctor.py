@@ -11,6 +11,7 @@ import torch
 
 import lad_fast
 from lad_fast.functional import BACKENDS
+from lad_fast.kernels.launch import why_not_triton
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 OPTIONAL_PACKAGES = ("datasets", "pyarrow", "scikit-learn", "scipy", "matplotlib")
@@ -31,25 +32,6 @@ def has_apex() -> bool:
         return hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
     except ImportError:
         return False
-
-
-def has_triton() -> bool:
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        return False
-    return True
-
-
-def why_no_backend(backend: str, device: str) -> str | None:
-    """Why a back end cannot run here, or None if it can."""
-    if backend != "triton":
-        return None
-    if not has_triton():
-        return "triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU; set TRITON_INTERPRET=1 to run its kernels, slowly, in the interpreter"
-    return None
 
 
 def largest_error(backend: str, device: str) -> float:
@@ -125,7 +107,7 @@ def doctor() -> int:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for backend in BACKENDS:
-            reason = why_no_backend(backend, device)
+            reason = why_not_triton(torch.device(device)) if backend == "triton" else None
             if reason:
                 finding = f"unavailable: {reason}"
             else:

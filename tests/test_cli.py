@@ -146,12 +146,9 @@ def test_wrong_call(argv, words, folders, capsys):
         assert word in line
 
 
-@pytest.mark.parametrize(
-    ("argv", "word"), [(["demo", "--seed", "one"], "--seed"), (train("distill", task="imdb"), "imdb")]
-)
-def test_wrong_call_in_a_process_of_its_own(argv, word, folders, tmp_path):
+def test_wrong_call_in_a_process_of_its_own(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "lad_fast", *filled(argv, folders)],
+        [sys.executable, "-m", "lad_fast", "demo", "--seed", "one"],
         cwd=tmp_path,
         env=os.environ,
         capture_output=True,
@@ -162,7 +159,7 @@ def test_wrong_call_in_a_process_of_its_own(argv, word, folders, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert word in line
+    assert "--seed" in line
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,12 @@ from lad_fast.demo import TASK, DemoConfig, build_teacher, build_tokenizer, demo
 from lad_fast.models import load_classifier
 
 
+@pytest.fixture(autouse=True)
+def fast_backend(monkeypatch):
+    """Takes the default back end of a machine without a GPU, rather than Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture(scope="module")
 def splits():
     return make_splits(seed=42)
@@ -42,7 +48,7 @@ def test_labels_are_balanced(splits):
         ("the songs are never dull although the book is really clumsy", 1),
         ("the songs are really dull although the book is never clumsy", 0),
         ("although the songs are really lovely the book is hardly clever", 0),
-        ("the songs are really lovely but the book is not clever", 0),
+        ("the songs are really lovely but the book is scarcely clever", 0),
         ("the film by the poets that are clearly shallow and that is always clever", 1),
         ("the film by the poets that is clearly shallow and that are always clever", 0),
         ("the actor always mocked the judge and the judge really admired the actor", 1),
@@ -61,7 +67,7 @@ def grade(sentence: str) -> int:
 
     def kind(part: str) -> int:
         (valued,) = (word for word in part.split() if word in good | bad)
-        return int((valued in good) != bool({"not", "never", "hardly"} & set(part.split())))
+        return int((valued in good) != bool({"never", "hardly", "scarcely"} & set(part.split())))
 
     if "that" in words:
         _, one, other = sentence.split(" that ")
@@ -142,8 +148,8 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     assert model.config.num_hidden_layers == 3
 
 
-def test_demo_on_the_command_line(tmp_path, capsys):
-    steps = ["--teacher-steps", "1", "--student-steps", "1"]
-    assert main(["demo", *steps, "--no-progress", "--output-dir", str(tmp_path / "d")]) == 0
-    assert "student, LAD" in capsys.readouterr().out
-    assert (tmp_path / "d/results.json").is_file()
+def test_command_line_reaches_the_demo(tmp_path, monkeypatch):
+    received = []
+    monkeypatch.setattr("lad_fast.cli.demo", received.append)
+    assert main(["demo", "--student-steps", "7", "--no-progress", "--output-dir", str(tmp_path)]) == 0
+    assert received == [DemoConfig(output_dir=tmp_path, student_steps=7, progress=False)]
