@@ -1,4 +1,4 @@
-# make demo    trains a small teacher, distils it three ways, prints a table (about two minutes on two cores)
+# make demo    trains a small teacher, distils it three ways, prints a table (under three minutes on two cores)
 # make test    the whole test suite
 # make bench   the objective's time, back end beside back end, on this machine
 # make lint    ruff

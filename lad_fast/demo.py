@@ -59,18 +59,18 @@ METHODS = {"none": "student, labels only", "logits": "student, logits", "lad": "
 
 @dataclass
 class DemoConfig:
-    """Train a small teacher on a task made here and distil it three ways: no network, two minutes on two cores."""
+    """Train a small teacher on a task made here and distil it three ways: no network, under three minutes."""
 
     output_dir: Path = Path("runs/demo")
     """Folder for results.json, comparison.png and the checkpoints."""
-    teacher_steps: int = 900
+    teacher_steps: int = 1200
     """Training steps of the teacher, 32 sentences each."""
     student_steps: int = 400
     """Training steps of each student, 32 sentences each."""
     seed: int = 42
     """Of sentences, weights and the order of examples."""
     num_threads: int = 1
-    """CPU threads; so small a model gains little from more, and loses much where other programs share the cores."""
+    """CPU threads; two are faster on an idle machine, and far slower where other programs share its cores."""
     progress: bool = True
     """Progress bars and one line an evaluation, on stderr."""
 
