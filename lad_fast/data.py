@@ -190,7 +190,9 @@ class Batches:
 
     A batch is a dict of CPU tensors: ``input_ids``, ``attention_mask`` (1 for real tokens) and, if the
     tokenizer has them, ``token_type_ids``, each (B, S) int64; ``labels`` (B,) int64 class ids or float32
-    scores, if known; ``ids`` (B,) int64.
+    scores, if known; ``ids`` (B,) int64, the examples' numbers; ``index`` (B,) int64, their places in the split.
+    Packed, the B examples' T tokens stand end to end: ``input_ids``, ``position_ids`` (from 0 in each example)
+    and ``token_type_ids`` are (1, T) int64, and ``lengths`` (B,) int64 takes the mask's place.
 
     Args:
         split: a tokenised split.
@@ -199,8 +201,8 @@ class Batches:
         shuffle: a new order each epoch.
         seed: of the order, at least 0.
         padding: "longest" pads to the longest of the batch, rounded up to a multiple of
-            ``pad_to_multiple_of`` tokens but not above ``max_length``; "max_length" pads every batch to
-            ``max_length`` and does not group by length, as published.
+            ``pad_to_multiple_of`` tokens but not above ``max_length``; "packed" takes the same examples without
+            padding; "max_length" pads every batch to ``max_length`` and does not group by length, as published.
         max_length: tokens; needed by "max_length", else an upper bound of the padded length.
         pad_to_multiple_of: tokens.
         group_by_length: batch examples of like length together.
@@ -237,8 +239,8 @@ class Batches:
             "seed": (seed, 0),
             "pad_to_multiple_of": (pad_to_multiple_of, 1),
         }
-        if padding not in ("longest", "max_length"):
-            raise ValueError(f"padding is {padding!r}; it takes 'longest' or 'max_length'")
+        if padding not in ("longest", "packed", "max_length"):
+            raise ValueError(f"padding is {padding!r}; it takes 'longest', 'packed' or 'max_length'")
         if max_length is not None or padding == "max_length":
             integers["max_length"] = (max_length, 1)
         for name, (value, least) in integers.items():
@@ -257,7 +259,7 @@ class Batches:
         self._pad_token_id = pad_token_id
         self._shuffle, self._seed = shuffle, seed
         self._padding, self._max_length, self._multiple = padding, max_length, pad_to_multiple_of
-        self._group = group_by_length and padding == "longest"
+        self._group = group_by_length and padding != "max_length"
         self._pin_memory = pin_memory
         self.set_epoch(0)
 
@@ -303,17 +305,30 @@ class Batches:
         columns = np.arange(width)
         real = columns < lengths[:, None]
         tokens = (self.split.offsets[rows][:, None] + columns)[real]
+        is_packed = self._padding == "packed"
 
-        def padded(flat: np.ndarray, fill: int) -> torch.Tensor:
+        def laid_out(flat: np.ndarray, fill: int) -> torch.Tensor:
+            if is_packed:
+                return torch.from_numpy(flat[tokens].astype(np.int64)[None])
             values = np.full(real.shape, fill, dtype=np.int64)
             values[real] = flat[tokens]
             return torch.from_numpy(values)
 
-        batch = {"input_ids": padded(self.split.input_ids, self._pad_token_id)}
+        batch = {"input_ids": laid_out(self.split.input_ids, self._pad_token_id)}
         if self.split.token_type_ids is not None:
-            batch["token_type_ids"] = padded(self.split.token_type_ids, 0)
-        batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
+            batch["token_type_ids"] = laid_out(self.split.token_type_ids, 0)
+        if is_packed:
+            batch["position_ids"] = torch.from_numpy(np.broadcast_to(columns, real.shape)[real][None])
+            batch["lengths"] = torch.from_numpy(lengths)
+        else:
+            batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
         if self.split.labels is not None:
             batch["labels"] = torch.from_numpy(self.split.labels[rows])
         batch["ids"] = torch.from_numpy(self.split.ids[rows])
+        batch["index"] = torch.from_numpy(rows)
         return batch
+
+
+def num_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Real tokens of a batch."""
+    return int(batch["lengths" if "lengths" in batch else "attention_mask"].sum())

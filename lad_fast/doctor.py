@@ -1,6 +1,5 @@
 """What this machine offers the library, and whether each back end computes what it should here."""
 
-import importlib
 import os
 import platform
 import sys
@@ -12,6 +11,7 @@ import torch
 import lad_fast
 from lad_fast.functional import BACKENDS
 from lad_fast.kernels.launch import why_not_triton
+from lad_fast.optimizers import has_apex
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
 OPTIONAL_PACKAGES = ("datasets", "pyarrow", "scikit-learn", "scipy", "matplotlib")
@@ -24,14 +24,6 @@ def installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def has_apex() -> bool:
-    """Whether NVIDIA's apex is here; PyPI's package of the same name is something else and has no optimizers."""
-    try:
-        return hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
-    except ImportError:
-        return False
 
 
 def largest_error(backend: str, device: str) -> float:

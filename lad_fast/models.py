@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from lad_fast.glue import Task
+from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
 
-__all__ = ["build_student", "load_classifier", "model_inputs", "save_checkpoint"]
+__all__ = ["build_student", "load_classifier", "model_inputs", "run_model", "save_checkpoint"]
 
 
 def load_classifier(
@@ -218,20 +219,56 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
 
     Args:
         model: a sequence classifier.
-        batch: input_ids, attention_mask and, where the model takes them, token_type_ids; each (B, S).
+        batch: input_ids, attention_mask and, where the model takes them, token_type_ids; each (B, S). Or a
+            packed batch of :class:`~lad_fast.data.Batches`.
 
     Returns:
-        Keyword arguments, and the attention mask (B, S) or None where every token is real.
+        Arguments for :func:`run_model`, and the attention mask (B, S) or None where every token is real.
     """
     move = {"device": model.device, "non_blocking": True}
-    inputs = {name: batch[name].to(**move) for name in ("input_ids", "token_type_ids") if name in batch}
+    names = ("input_ids", "token_type_ids", "position_ids")
+    inputs = {name: batch[name].to(**move) for name in names if name in batch}
+    if "lengths" in batch:
+        return inputs | {"packing": Packing.from_lengths(batch["lengths"], model.device)}, None
     if batch["attention_mask"].all():
         return inputs, None
     mask = batch["attention_mask"].to(**move)
     # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one.
-    is_sdpa = model.config._attn_implementation == "sdpa"
+    is_sdpa = model.config._attn_implementation in ("sdpa", ATTENTION)
     inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_sdpa else mask
     return inputs, mask
+
+
+def run_model(
+    model: PreTrainedModel, inputs: dict, output_hidden_states: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Logits (B, C) and, if asked for, the hidden states behind each layer: (B, S, D) each, packed (T, D).
+
+    Args:
+        model: a sequence classifier; for packed inputs one with :func:`~lad_fast.packed.enable_packing`.
+        inputs: what :func:`model_inputs` gives.
+
+    Raises:
+        ValueError: a model without one hidden state a layer beside the embeddings'.
+    """
+    packing = inputs.get("packing")
+    if packing is None:
+        output = model(**inputs, output_hidden_states=output_hidden_states)
+        logits = output.logits
+    else:
+        positions = inputs["position_ids"] + first_position(model)
+        output = model.base_model(**inputs | {"position_ids": positions}, output_hidden_states=output_hidden_states)
+        logits = pooled_logits(model, output.last_hidden_state, packing)
+    if not output_hidden_states:
+        return logits, None
+    states, num_layers = output.hidden_states, model.config.num_hidden_layers
+    if states is None or len(states) != num_layers + 1:
+        found = "no hidden states" if states is None else f"{len(states)} hidden states"
+        raise ValueError(
+            f"{type(model).__name__} of {num_layers} layers gives {found}; LAD takes {num_layers + 1}: "
+            "the embeddings' and one a layer"
+        )
+    return logits, states[1:] if packing is None else tuple(state[0] for state in states[1:])
 
 
 def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None):

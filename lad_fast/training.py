@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -23,17 +23,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
 
-from lad_fast.data import Batches, TokenizedSplit, tokenize
+from lad_fast.data import Batches, TokenizedSplit, num_tokens, tokenize
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
 from lad_fast.glue import Task, compute_metrics, get_task, load_split, predictions_from_logits
-from lad_fast.models import build_student, load_classifier, model_inputs, save_checkpoint
+from lad_fast.models import build_student, load_classifier, model_inputs, run_model, save_checkpoint
 from lad_fast.objective import LADObjective
+from lad_fast.optimizers import make_adamw
+from lad_fast.packed import can_pack, enable_packing
+from lad_fast.teacher_cache import TeacherCache, choose_place
 
 __all__ = [
     "RECIPES", "DistillConfig", "DistillStep", "Evaluation", "FinetuneConfig", "TrainingResult", "distill",
     "evaluate", "finetune", "recipe",
 ]  # fmt: skip
+
+
+HALF = ("bfloat16", "float16")
 
 
 class DistillStep:
@@ -58,6 +64,8 @@ class DistillStep:
         max_grad_norm: of the student, and of each gate.
         mask_padding: hand the objective the attention mask; False: padding counts, as published.
         precision: "float32", or the autocast dtype "bfloat16" or "float16" (with loss scaling).
+        optimizer: "torch" or "apex"; see :func:`lad_fast.optimizers.make_adamw`.
+        teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
 
     Raises:
         ValueError: a teacher without an objective or the other way round.
@@ -77,10 +85,13 @@ class DistillStep:
         max_grad_norm: float = 1.0,
         mask_padding: bool = True,
         precision: str = "float32",
+        optimizer: str = "torch",
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         if (teacher is None) != (objective is None):
             raise ValueError("teacher and objective go together; pass both or neither")
         self.student, self.teacher, self.objective = student.train(), teacher, objective
+        self.teacher_cache = teacher_cache
         if teacher is not None:
             teacher.eval()
         self.uses_hidden_states = isinstance(objective, LADObjective)
@@ -104,17 +115,16 @@ class DistillStep:
                 {"params": [self.gates.weight], "weight_decay": weight_decay, "lr": gate_learning_rate},
                 {"params": affine, "weight_decay": 0.0, "lr": gate_learning_rate},
             ]
-        # The fused form reads the loss scaler's verdict on the device; the others wait for it on the host.
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+        self.optimizer = make_adamw(groups, learning_rate, optimizer)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
 
     def __call__(self, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
         """One optimizer step over one batch, or over several whose gradients accumulate.
 
         Args:
-            *batches: dicts of input_ids, attention_mask, token_type_ids (B, S) and labels (B,). Several count
-                by their examples, so equal halves of a batch do what the batch does (up to a masked hidden
-                loss, whose mean over real tokens is taken batch by batch).
+            *batches: dicts as :class:`~lad_fast.data.Batches` gives them. Several count by their examples, so
+                equal halves of a batch do what the batch does (up to a masked hidden loss, whose mean over real
+                tokens is taken batch by batch).
 
         Returns:
             Mean losses by name, detached and on the device: reading them is the caller's wait.
@@ -145,23 +155,30 @@ class DistillStep:
         """
         inputs, mask = model_inputs(self.student, batch)
         labels = batch["labels"].to(self.student.device, non_blocking=True)
+        packing = inputs.get("packing")
         with self.autocast():
-            student = self.student(**inputs, output_hidden_states=self.uses_hidden_states)
+            logits, states = run_model(self.student, inputs, self.uses_hidden_states)
             if self.teacher is None:
-                return {"loss": _label_loss(student.logits.float(), labels)}
-            with torch.no_grad():
-                teacher = self.teacher(**inputs, output_hidden_states=self.uses_hidden_states)
-            logits = student.logits.float(), teacher.logits.float()
+                return {"loss": _label_loss(logits.float(), labels)}
+            teacher_logits, teacher_states = self._run_teacher(batch, inputs)
             if not self.uses_hidden_states:
-                return {"loss": self.objective(*logits, labels)}
+                return {"loss": self.objective(logits.float(), teacher_logits, labels)}
             output = self.objective(
-                _layer_outputs("student", self.student, student),
-                _layer_outputs("teacher", self.teacher, teacher),
-                *logits,
-                labels,
+                states, teacher_states, logits.float(), teacher_logits, labels,
                 attention_mask=mask if self.mask_padding else None,
-            )
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+            )  # fmt: skip
         return output._asdict()
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: dict[str, Tensor], inputs: dict) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        cache = self.teacher_cache
+        if cache is not None and cache.holds(batch["index"]):
+            return cache.read(batch["index"], None if "packing" in inputs else inputs["input_ids"].shape[1])
+        logits, states = run_model(self.teacher, inputs, self.uses_hidden_states)
+        if cache is not None:
+            states = cache.write(batch["index"], logits, states or ())
+        return logits.float(), states
 
 
 def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
@@ -177,8 +194,8 @@ def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
 
 def _autocast(device_type: str, precision: str) -> torch.autocast:
     # Off, it still wants a dtype that it knows.
-    dtype = torch.bfloat16 if precision == "float32" else getattr(torch, precision)
-    return torch.autocast(device_type, dtype, enabled=precision != "float32")
+    dtype = getattr(torch, precision) if precision in HALF else torch.bfloat16
+    return torch.autocast(device_type, dtype, enabled=precision in HALF)
 
 
 def _is_undecayed(name: str) -> bool:
@@ -189,17 +206,6 @@ def _label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return F.mse_loss(logits.flatten(), labels)
     return F.cross_entropy(logits, labels)
-
-
-def _layer_outputs(role: str, model: PreTrainedModel, output) -> tuple[Tensor, ...]:
-    """Hidden states after each layer, the embeddings' left out."""
-    states, num_layers = output.hidden_states, model.config.num_hidden_layers
-    if states is None or len(states) != num_layers + 1:
-        found = "no hidden states" if states is None else f"{len(states)} hidden states"
-        raise ValueError(
-            f"{role} {type(model).__name__} gives {found}; LAD takes {num_layers + 1}: the embeddings' and one a layer"
-        )
-    return states[1:]
 
 
 @dataclass(kw_only=True)
@@ -224,8 +230,9 @@ class TrainingConfig:
     """Batches an optimizer step; an epoch's last step may take fewer."""
     max_length: int = 128
     """Tokens an example keeps, special ones included."""
-    padding: Literal["longest", "max_length"] = "longest"
-    """Pad to the batch's longest example, like lengths together; or to max_length, plainly shuffled."""
+    padding: Literal["auto", "longest", "packed", "max_length"] = "auto"
+    """Like lengths together, padded to the batch's longest example or packed without padding; or all padded to
+    max_length, plainly shuffled. auto packs where a flash kernel takes packed batches: on a GPU, in half precision."""
     learning_rate: float = 3e-5
     """AdamW's peak rate, after warm-up."""
     warmup_ratio: float = 0.1
@@ -234,8 +241,11 @@ class TrainingConfig:
     """AdamW's decay; biases and layer norms are left out."""
     max_grad_norm: float = 1.0
     """Gradients above this norm are scaled down to it."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the models' arithmetic; weights, losses and the optimizer stay float32."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Of the models' arithmetic; weights, losses and the optimizer stay float32. auto: bfloat16 where the processor
+    or GPU multiplies it, else float16 on a GPU and float32 on a CPU."""
+    optimizer: Literal["auto", "torch", "apex"] = "auto"
+    """Whose fused AdamW; auto takes PyTorch's."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
@@ -293,6 +303,9 @@ class DistillConfig(TrainingConfig):
     """Keep padding out of norms and hidden loss; False counts it, as published."""
     backend: Literal["triton", "torch", "reference"] | None = None
     """Of the objective; None takes triton on a GPU, torch elsewhere."""
+    teacher_cache: Literal["auto", "gpu", "cpu", "disk", "off"] = "auto"
+    """Where to keep the teacher's outputs, so that epochs after the first run no teacher. auto takes the first of
+    the three with room, or off for a run of one epoch."""
 
 
 @dataclass
@@ -349,6 +362,7 @@ def finetune(
     if model is None:
         model, tokenizer = load_classifier(config.model, task)
     _check_classes("model", model, task)
+    config = _settle(config, device, model)
     batches, evaluation = _load_batches(config, task, model, tokenizer, train, evaluation, device)
     step = DistillStep(model.to(device), **_step_options(config, batches))
     return _run(config, task, step, batches, evaluation, tokenizer)
@@ -387,6 +401,7 @@ def distill(
     if student is None:
         student = _make_student(config, task, teacher)
     _check_classes("student", student, task)
+    config = _settle(config, device, student, teacher)
     batches, evaluation = _load_batches(config, task, student, tokenizer, train, evaluation, device)
     teacher.to(device)
     student.to(device)
@@ -394,8 +409,10 @@ def distill(
     if config.method == "none":
         step = DistillStep(student, **options)
     else:
+        cache = _make_cache(config, batches, teacher, options["total_steps"])
+        config = replace(config, teacher_cache="off" if cache is None else cache.place)
         step = DistillStep(
-            student, teacher, _make_objective(config, task, teacher, student),
+            student, teacher, _make_objective(config, task, teacher, student), teacher_cache=cache,
             gate_learning_rate=config.gate_learning_rate, mask_padding=config.mask_padding, **options,
         )  # fmt: skip
     return _run(config, task, step, batches, evaluation, tokenizer)
@@ -416,6 +433,40 @@ def _make_student(config: DistillConfig, task: Task, teacher: PreTrainedModel) -
             raise ValueError("pretrained is None; student_init 'published' takes the model before fine-tuning")
         pretrained, _ = load_classifier(config.pretrained, task)
     return build_student(teacher, config.student_layers, config.student_init, pretrained=pretrained)
+
+
+def _make_cache(
+    config: DistillConfig, batches: Batches, teacher: PreTrainedModel, total_steps: int
+) -> TeacherCache | None:
+    """A cache where it is asked for, or by itself where batches come more than once and there is room."""
+    by_itself = config.teacher_cache == "auto"
+    comes_back = total_steps * config.gradient_accumulation_steps > len(batches)
+    if config.teacher_cache == "off" or (by_itself and not comes_back):
+        return None
+    num_layers = teacher.config.num_hidden_layers if config.method == "lad" else 0
+    lengths = batches.split.lengths
+    if num_layers and not config.mask_padding:
+        if config.padding != "max_length":
+            if by_itself:
+                return None
+            raise ValueError(
+                f"teacher_cache is {config.teacher_cache!r}; where padding counts (no mask_padding) it takes "
+                "padding = 'max_length', since a cached state's padding must not change from batch to batch"
+            )
+        lengths = np.full_like(lengths, config.max_length)
+    dtype = getattr(torch, config.precision) if config.precision in HALF else torch.float32
+    hidden_size, output_dir = teacher.config.hidden_size, Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    place = config.teacher_cache
+    if by_itself:
+        nbytes = num_layers * int(lengths.sum()) * hidden_size * dtype.itemsize
+        place = choose_place(nbytes, teacher.device, output_dir)
+        if place == "off":
+            return None
+    return TeacherCache(
+        lengths, num_layers, hidden_size, teacher.config.num_labels,
+        dtype=dtype, device=teacher.device, place=place, folder=output_dir,
+    )  # fmt: skip
 
 
 def _make_objective(config: DistillConfig, task: Task, teacher: PreTrainedModel, student: PreTrainedModel):
@@ -453,10 +504,10 @@ def _start(config: TrainingConfig) -> torch.device:
         raise ValueError(f"warmup_ratio is {config.warmup_ratio}; it takes 0 to 1")
     if not config.max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {config.max_grad_norm}; it takes a number above 0")
-    choices = {"precision": ("float32", "bfloat16", "float16"), "method": ("lad", "logits", "none")}
-    for name, known in choices.items():
-        value = getattr(config, name, known[0])
-        if value not in known:
+    for name in ("precision", "padding", "optimizer", "method", "teacher_cache"):
+        known = get_args(get_type_hints(type(config)).get(name))
+        value = getattr(config, name, None)
+        if known and value not in known:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(known)}")
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -464,6 +515,35 @@ def _start(config: TrainingConfig) -> torch.device:
         raise ValueError(f"seed is {config.seed}; it takes 0 to {2**32 - 1}")
     set_seed(config.seed)
     return _pick_device(config.device)
+
+
+def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedModel) -> TrainingConfig:
+    """The configuration with "auto" replaced by what it comes to; models are made to take its batches."""
+    precision, padding = config.precision, config.padding
+    if precision == "auto":
+        precision = fastest_precision(device)
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    counts_padding = not getattr(config, "mask_padding", True)
+    if padding == "auto":
+        flash = device.type == "cuda" and precision in HALF
+        padding = "packed" if flash and not counts_padding and all(map(can_pack, models)) else "longest"
+    if padding == "packed":
+        if counts_padding:
+            raise ValueError("padding is 'packed'; without mask_padding padding counts, and packed batches have none")
+        for model in models:
+            enable_packing(model)
+    return replace(config, precision=precision, padding=padding)
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The precision that "auto" takes on a device: the fastest that the hardware multiplies in."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type != "cpu":
+        return "float32"
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def _pick_device(name: str) -> torch.device:
@@ -531,6 +611,7 @@ def _step_options(config: TrainingConfig, batches: Batches) -> dict:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "precision": config.precision,
+        "optimizer": config.optimizer,
     }
 
 
@@ -622,7 +703,7 @@ class _Log:
     def add(self, losses: dict[str, Tensor], batches: tuple[dict[str, Tensor], ...]) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        self.window_tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.window_tokens += sum(map(num_tokens, batches))
         self.window_steps += 1
         self.steps += 1
         self.bar.update()
@@ -702,7 +783,7 @@ def evaluate(
     try:
         with _autocast(model.device.type, precision):
             for batch in batches:
-                logits.append(model(**model_inputs(model, batch)[0]).logits.float())
+                logits.append(run_model(model, model_inputs(model, batch)[0])[0].float())
                 ids.append(batch["ids"])
                 if "labels" in batch:
                     labels.append(batch["labels"])
@@ -760,7 +841,7 @@ def recipe(task: str, command: Literal["distill", "finetune"] = "distill") -> di
     row, batch_size = RECIPES[task], 32
     common = {
         "batch_size": batch_size, "max_length": 128, "padding": "max_length", "weight_decay": 0.01,
-        "max_grad_norm": 1.0, "seed": 42,
+        "max_grad_norm": 1.0, "seed": 42, "precision": "float32",
     }  # fmt: skip
     if command == "finetune":
         return common | {

@@ -187,7 +187,7 @@ def test_recipe_gives_defaults_that_flags_override():
     assert (config.learning_rate, config.gate_learning_rate, config.hidden_weight) == (7e-4, 5e-6, 500)
     assert (config.padding, config.mask_padding, config.student_init) == ("max_length", False, "published")
     assert config.epochs == 2
-    assert (plain.epochs, plain.padding, plain.mask_padding) == (10, "longest", True)
+    assert (plain.epochs, plain.padding, plain.mask_padding) == (10, "auto", True)
 
     teacher = parse(["finetune", "--recipe=paper", "--task=sst2", "--output-dir=o", "--learning-rate", "1e-3"])
     assert isinstance(teacher, FinetuneCommand)

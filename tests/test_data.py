@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from lad_fast import data
-from lad_fast.data import Batches, tokenize
+from lad_fast.data import Batches, num_tokens, tokenize
 from lad_fast.glue import DataError, Examples, load_split
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -242,8 +242,27 @@ def test_token_types_and_scores(tokenizer):
 def test_test_split_has_no_labels(tokenizer):
     split = tokenize(make_examples(5, "test"), tokenizer, 64)
     assert set(next(iter(Batches(split, 4, 0, shuffle=False)))) == {
-        "input_ids", "token_type_ids", "attention_mask", "ids"
+        "input_ids", "token_type_ids", "attention_mask", "ids", "index"
     }  # fmt: skip
+
+
+def test_packed_batches_hold_the_tokens_of_padded_ones(split):
+    options = {"shuffle": True, "seed": 3}
+    padded = Batches(split, 8, 0, padding="longest", **options)
+    packed = Batches(split, 8, 0, padding="packed", **options)
+    assert padded.num_tokens == packed.num_tokens
+    for wide, narrow in zip(padded, packed, strict=True):
+        mask = wide["attention_mask"].bool()
+        assert torch.equal(narrow["lengths"], mask.sum(dim=1))
+        positions = torch.arange(mask.shape[1]).expand_as(mask)
+        for name, values in {"input_ids": wide["input_ids"], "token_type_ids": wide["token_type_ids"],
+                             "position_ids": positions}.items():  # fmt: skip
+            assert narrow[name].dtype == torch.int64
+            assert torch.equal(narrow[name], values[mask][None]), name
+        for name in ("labels", "ids", "index"):
+            assert torch.equal(narrow[name], wide[name]), name
+        assert torch.equal(torch.from_numpy(split.ids)[narrow["index"]], narrow["ids"])
+        assert num_tokens(wide) == num_tokens(narrow) == int(mask.sum())
 
 
 def test_order_depends_on_seed_and_epoch_alone(split):
@@ -337,7 +356,7 @@ def test_drop_last_leaves_out_any_lengths(split):
         ({"batch_size": True}, "batch_size is True"),
         ({"pad_token_id": None}, "pad_token_id is None; it takes an integer of at least 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"padding": "longer"}, "padding is 'longer'; it takes 'longest' or 'max_length'"),
+        ({"padding": "longer"}, "padding is 'longer'; it takes 'longest', 'packed' or 'max_length'"),
         ({"padding": "max_length"}, "max_length is None; it takes an integer"),
         ({"padding": "max_length", "max_length": 20}, r"max_length is 20; an example has \d+ tokens"),
         ({"max_length": 20}, r"max_length is 20; an example has \d+ tokens"),

@@ -27,6 +27,7 @@ from lad_fast.training import (
     clip_each_gate_,
     distill,
     evaluate,
+    fastest_precision,
     finetune,
     recipe,
 )
@@ -190,6 +191,90 @@ def test_accumulated_parts_are_the_whole_batch(sizes):
     torch.testing.assert_close(at_once.gates.weight, in_parts.gates.weight, rtol=1e-3, atol=1e-4)
 
 
+def engine_losses(tmp_path, **options):
+    """The losses of a whole run of two epochs, and its student and gates."""
+    config = settings(tmp_path, log_every=1, hidden_weight=10.0, **options)
+    torch.manual_seed(0)
+    result = distill(config, train=split(36), evaluation={}, teacher=bert(), student=bert(num_layers=2, seed=1))
+    losses = [line["loss"] for line in lines(config.output_dir) if "loss" in line]
+    return torch.tensor(losses), result, json.loads((config.output_dir / "config.json").read_text())
+
+
+ENGINES = {
+    "cached": {"teacher_cache": "cpu"},
+    "cached on disk": {"teacher_cache": "disk"},
+    "packed": {"padding": "packed"},
+    "packed and cached": {"padding": "packed", "teacher_cache": "cpu"},
+    "accumulating and cached": {"gradient_accumulation_steps": 2, "teacher_cache": "cpu"},
+    "padding counted, cached": {"padding": "max_length", "mask_padding": False, "teacher_cache": "cpu"},
+    "token norm, packed": {"norm": "token", "padding": "packed"},
+    "logits only, packed and cached": {"method": "logits", "padding": "packed", "teacher_cache": "cpu"},
+    "labels only, packed": {"method": "none", "padding": "packed"},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_option_changes_no_result(tmp_path, engine):
+    """Every loss of a run with the option, and its last weights, are the plain run's."""
+    options = {"padding": "longest", "teacher_cache": "off"} | ENGINES[engine]
+    plain = {name: value for name, value in options.items() if name not in ("teacher_cache", "padding")}
+    plain["padding"] = "max_length" if options["padding"] == "max_length" else "longest"
+    ours, result, _ = engine_losses(tmp_path / "ours", **options)
+    right, expected, _ = engine_losses(tmp_path / "plain", teacher_cache="off", **plain)
+    # float32 sums over another width of the batch, through up to 10 AdamW steps
+    torch.testing.assert_close(ours, right, rtol=2e-5, atol=0)
+    for (name, value), other in zip(result.model.named_parameters(), expected.model.parameters(), strict=True):
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-4, msg=name)
+    assert len(set(ours.tolist())) == len(ours) > 4
+
+
+def test_cached_epochs_run_no_teacher(tmp_path, monkeypatch):
+    teacher, calls = bert(), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    distill(settings(tmp_path, epochs=3), train=split(36), evaluation={}, teacher=teacher)
+    assert len(calls) == 5  # one epoch's batches
+
+
+def test_a_cache_makes_itself_only_where_batches_come_back(tmp_path):
+    for name, epochs, place in (("one", 1, "off"), ("two", 2, "cpu")):
+        assert engine_losses(tmp_path / name, epochs=epochs)[2]["teacher_cache"] == place
+    varying = engine_losses(tmp_path / "varying", mask_padding=False, padding="longest")
+    assert varying[2]["teacher_cache"] == "off"
+
+
+def test_half_precision_caches_follow_the_uncached_run(tmp_path):
+    cached, _, _ = engine_losses(tmp_path / "cached", precision="bfloat16", teacher_cache="cpu")
+    plain, _, _ = engine_losses(tmp_path / "plain", precision="bfloat16", teacher_cache="off")
+    # A target's rounding to bfloat16 is 2^-9 of it; the loss is its squared distance to the student.
+    torch.testing.assert_close(cached, plain, rtol=2e-2, atol=0)
+    assert not torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "packed", "mask_padding": False}, "padding is 'packed'; without mask_padding padding counts"),
+        ({"teacher_cache": "gpu"}, "teacher_cache is 'gpu'; training on the CPU takes 'cpu', 'disk' or 'off'"),
+        ({"teacher_cache": "cpu", "mask_padding": False, "padding": "longest"}, "teacher_cache is 'cpu'; where"),
+        ({"optimizer": "apex"}, "optimizer is 'apex'; NVIDIA's apex, with FusedAdam, is not installed"),
+        ({"teacher_cache": "tape"}, "teacher_cache is 'tape'; it takes one of auto, gpu, cpu, disk, off"),
+        ({"padding": "none"}, "padding is 'none'; it takes one of auto, longest, packed, max_length"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it takes one of auto, torch, apex"),
+        ({"precision": "int8"}, "precision is 'int8'; it takes one of auto, float32, tf32, bfloat16, float16"),
+    ],
+)  # fmt: skip
+def test_engine_options_that_do_not_fit(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        engine_losses(tmp_path, **options)
+
+
+def test_auto_is_written_as_what_it_came_to(tmp_path):
+    config = engine_losses(tmp_path, precision="auto", padding="auto")[2]
+    assert config["precision"] == fastest_precision(torch.device("cpu")) in ("float32", "bfloat16")
+    assert config["padding"] == "longest"
+
+
 def test_gates_are_clipped_one_by_one():
     gates = GateStack(5, 6, 3)
     for parameter in gates.parameters():
@@ -301,7 +386,7 @@ def test_teachers_without_hidden_states_are_named(kind, found, tmp_path):
         backend="torch",
     )
     student = build_student(bert(), 2)
-    with pytest.raises(ValueError, match=f"teacher {kind.__name__} gives {found}; LAD takes 5"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} of 4 layers gives {found}; LAD takes 5"):
         distill(config, train=split(8), evaluation={}, teacher=kind(bert().config), student=student)
 
 
@@ -313,7 +398,7 @@ def test_a_teacher_without_an_objective_is_an_error():
 def settings(tmp_path, kind=DistillConfig, **options):
     defaults = {
         "task": "rte", "output_dir": tmp_path / "run", "batch_size": 8, "epochs": 2, "max_length": 16,
-        "log_every": 3, "learning_rate": 3e-3, "progress": False, "device": "cpu",
+        "log_every": 3, "learning_rate": 3e-3, "progress": False, "device": "cpu", "precision": "float32",
     }  # fmt: skip
     # Left to itself the objective would run in Triton's slow interpreter, which the golden replays exercise.
     model = {"teacher": "", "student_layers": 2, "backend": "torch"}
@@ -598,7 +683,7 @@ def test_recipes_fit_the_configurations(tmp_path, task):
 def test_recipe_of_rte_in_full():
     assert recipe("rte") == {
         "batch_size": 32, "max_length": 128, "padding": "max_length", "weight_decay": 0.01,
-        "max_grad_norm": 1.0, "seed": 42,
+        "max_grad_norm": 1.0, "seed": 42, "precision": "float32",
         "learning_rate": 7e-4, "gate_learning_rate": 3e-5, "epochs": 10, "warmup_ratio": 0.1,
         "temperature": 10, "soft_weight": 0.5, "hard_weight": 0.5, "hidden_weight": 1000, "max_steps": 778,
         "student_layers": 6, "student_init": "published", "pretrained": "google-bert/bert-base-uncased",
