@@ -80,29 +80,23 @@ class TeacherCache:
         """Whether every example of ``index``, (B,) int64 on the CPU, has been written. No device is waited for."""
         return bool(self._held[index].all())
 
-    def write(self, index: Tensor, logits: Tensor, states: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    def write(self, index: Tensor, logits: Tensor, states: Sequence[Tensor] = ()) -> None:
         """Keep what the teacher made of a batch.
 
         Args:
             index: (B,) int64 on the CPU, the examples' numbers.
             logits: (B, C).
             states: L tensors (B, S, D), or (T, D) of a packed batch.
-
-        Returns:
-            The states in the cache's dtype: what :meth:`read` will give, up to padding.
         """
-        states = tuple(state.to(self.dtype) for state in states)
         if states:
-            rows = self._rows(index, None)
             packed = states[0].dim() == 2
             cells = None if packed else self._cells(index, states[0].shape[1]).to(states[0].device, non_blocking=True)
-            rows = rows.to(self._states.device, non_blocking=True)
+            rows = self._rows(index, None).to(self._states.device, non_blocking=True)
             for kept, state in zip(self._states, states, strict=True):
                 real = state if packed else state.flatten(0, 1).index_select(0, cells)
-                kept.index_copy_(0, rows, real.to(kept.device))
+                kept.index_copy_(0, rows, real.to(kept.device, kept.dtype))
         self._logits.index_copy_(0, index.to(self.device, non_blocking=True), logits.float())
         self._held[index] = True
-        return states
 
     def read(self, index: Tensor, width: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits and hidden states of a batch, on the training device.

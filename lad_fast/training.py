@@ -1,15 +1,10 @@
-"""Training: the step (:class:`DistillStep`), the two commands around it, and the published recipes.
-
-batch ─┬─ student ───────────────┐
-       │                         ├─ objective ─ one backward ─ clip student, clip each gate ─ AdamW ─ schedule
-       └─ teacher (no gradient) ─┘
-"""
+"""Training runs: fine-tuning and distillation around the step of :mod:`lad_fast.step`, and the published recipes."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -18,194 +13,24 @@ from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from lad_fast.data import Batches, TokenizedSplit, num_tokens, tokenize
+from lad_fast.data import Batches, TokenizedSplit, tokenize
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
 from lad_fast.glue import Task, compute_metrics, get_task, load_split, predictions_from_logits
 from lad_fast.models import build_student, load_classifier, model_inputs, run_model, save_checkpoint
 from lad_fast.objective import LADObjective
-from lad_fast.optimizers import make_adamw
 from lad_fast.packed import can_pack, enable_packing
+from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.teacher_cache import TeacherCache, choose_place
 
 __all__ = [
-    "RECIPES", "DistillConfig", "DistillStep", "Evaluation", "FinetuneConfig", "TrainingResult", "distill",
+    "RECIPES", "DistillConfig", "Evaluation", "FinetuneConfig", "TrainingResult", "distill",
     "evaluate", "finetune", "recipe",
 ]  # fmt: skip
-
-
-HALF = ("bfloat16", "float16")
-
-
-class DistillStep:
-    """One optimizer step of a student under a frozen teacher; without a teacher, of a model on its labels.
-
-    Student and gates are trained by one AdamW with a group each for what decays and what does not: student
-    parameters but for biases and LayerNorm weights, and of the gates only ``weight``. Both learning rates
-    rise linearly for ``warmup_steps``, then fall linearly to 0 at ``total_steps``. Gradients are clipped to
-    ``max_grad_norm`` over the whole student, and for each gate on its own. A gate that no student layer's
-    target depends on (at the chain's end: reversed, or where K does not divide L) has a gradient of zero
-    and is only decayed.
-
-    Args:
-        student: the model to train; put in training mode.
-        teacher: put in eval mode and run without gradients; None trains on labels alone.
-        objective: :class:`~lad_fast.LADObjective`; or a function of (student_logits, teacher_logits, labels)
-            where hidden states take no part. None, without a teacher: cross-entropy, or squared error for
-            float labels.
-        learning_rate, gate_learning_rate: peaks for the student (with the objective's projections) and gates.
-        total_steps, warmup_steps: optimizer steps.
-        weight_decay: AdamW's.
-        max_grad_norm: of the student, and of each gate.
-        mask_padding: hand the objective the attention mask; False: padding counts, as published.
-        precision: "float32", or the autocast dtype "bfloat16" or "float16" (with loss scaling).
-        optimizer: "torch" or "apex"; see :func:`lad_fast.optimizers.make_adamw`.
-        teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
-
-    Raises:
-        ValueError: a teacher without an objective or the other way round.
-    """
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
-        objective: LADObjective | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        *,
-        learning_rate: float,
-        gate_learning_rate: float = 0.0,
-        total_steps: int,
-        warmup_steps: int,
-        weight_decay: float = 0.01,
-        max_grad_norm: float = 1.0,
-        mask_padding: bool = True,
-        precision: str = "float32",
-        optimizer: str = "torch",
-        teacher_cache: TeacherCache | None = None,
-    ) -> None:
-        if (teacher is None) != (objective is None):
-            raise ValueError("teacher and objective go together; pass both or neither")
-        self.student, self.teacher, self.objective = student.train(), teacher, objective
-        self.teacher_cache = teacher_cache
-        if teacher is not None:
-            teacher.eval()
-        self.uses_hidden_states = isinstance(objective, LADObjective)
-        self.gates = objective.gates if self.uses_hidden_states else None
-        self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
-        device = student.device.type
-        self.autocast = partial(_autocast, device, precision)
-        self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
-
-        named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        if self.uses_hidden_states and objective.projections is not None:
-            named += objective.projections.named_parameters()
-        self.student_parameters = [parameter for _, parameter in named]
-        groups = [
-            {"params": [p for name, p in named if not _is_undecayed(name)], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if _is_undecayed(name)], "weight_decay": 0.0},
-        ]
-        if self.gates is not None:
-            affine = [self.gates.bias, self.gates.norm_weight, self.gates.norm_bias]
-            groups += [
-                {"params": [self.gates.weight], "weight_decay": weight_decay, "lr": gate_learning_rate},
-                {"params": affine, "weight_decay": 0.0, "lr": gate_learning_rate},
-            ]
-        self.optimizer = make_adamw(groups, learning_rate, optimizer)
-        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
-
-    def __call__(self, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One optimizer step over one batch, or over several whose gradients accumulate.
-
-        Args:
-            *batches: dicts as :class:`~lad_fast.data.Batches` gives them. Several count by their examples, so
-                equal halves of a batch do what the batch does (up to a masked hidden loss, whose mean over real
-                tokens is taken batch by batch).
-
-        Returns:
-            Mean losses by name, detached and on the device: reading them is the caller's wait.
-        """
-        num_examples = sum(len(batch["labels"]) for batch in batches)
-        totals: dict[str, Tensor] = {}
-        for batch in batches:
-            share = len(batch["labels"]) / num_examples
-            losses = self.losses(batch)
-            self.scaler.scale(losses["loss"] * share).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach() * share
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)
-        if self.gates is not None:
-            clip_each_gate_(self.gates, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        return totals
-
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Forward passes and objective: losses by name, of which "loss" carries the gradient.
-
-        Raises:
-            ValueError: a model without one hidden state a layer, or inputs the objective refuses.
-        """
-        inputs, mask = model_inputs(self.student, batch)
-        labels = batch["labels"].to(self.student.device, non_blocking=True)
-        packing = inputs.get("packing")
-        with self.autocast():
-            logits, states = run_model(self.student, inputs, self.uses_hidden_states)
-            if self.teacher is None:
-                return {"loss": _label_loss(logits.float(), labels)}
-            teacher_logits, teacher_states = self._run_teacher(batch, inputs)
-            if not self.uses_hidden_states:
-                return {"loss": self.objective(logits.float(), teacher_logits, labels)}
-            output = self.objective(
-                states, teacher_states, logits.float(), teacher_logits, labels,
-                attention_mask=mask if self.mask_padding else None,
-                cu_seqlens=None if packing is None else packing.cu_seqlens,
-            )  # fmt: skip
-        return output._asdict()
-
-    @torch.no_grad()
-    def _run_teacher(self, batch: dict[str, Tensor], inputs: dict) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        cache = self.teacher_cache
-        if cache is not None and cache.holds(batch["index"]):
-            return cache.read(batch["index"], None if "packing" in inputs else inputs["input_ids"].shape[1])
-        logits, states = run_model(self.teacher, inputs, self.uses_hidden_states)
-        if cache is not None:
-            states = cache.write(batch["index"], logits, states or ())
-        return logits.float(), states
-
-
-def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
-    """Scale each gate's gradients, its four tensors together, to a norm of at most ``max_norm``."""
-    grads = [parameter.grad for parameter in gates.parameters() if parameter.grad is not None]
-    if not grads:
-        return
-    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (L-1,)
-    scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
-
-
-def _autocast(device_type: str, precision: str) -> torch.autocast:
-    # Off, it still wants a dtype that it knows.
-    dtype = getattr(torch, precision) if precision in HALF else torch.bfloat16
-    return torch.autocast(device_type, dtype, enabled=precision in HALF)
-
-
-def _is_undecayed(name: str) -> bool:
-    return "bias" in name or "LayerNorm.weight" in name or "layer_norm.weight" in name
-
-
-def _label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    if labels.is_floating_point():
-        return F.mse_loss(logits.flatten(), labels)
-    return F.cross_entropy(logits, labels)
 
 
 @dataclass(kw_only=True)
@@ -246,6 +71,10 @@ class TrainingConfig:
     or GPU multiplies it, else float16 on a GPU and float32 on a CPU."""
     optimizer: Literal["auto", "torch", "apex"] = "auto"
     """Whose fused AdamW; auto takes PyTorch's."""
+    cuda_graphs: bool = False
+    """Capture forward and backward of each shape of padded batch, and replay them: no launch costs. GPU only."""
+    compile: bool = False
+    """Compile the encoders by torch.compile: a minute or more at the start, for less in each step."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
@@ -527,12 +356,18 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
         flash = device.type == "cuda" and precision in HALF
-        padding = "packed" if flash and not counts_padding and all(map(can_pack, models)) else "longest"
+        can_be = flash and not counts_padding and not config.cuda_graphs and all(map(can_pack, models))
+        padding = "packed" if can_be else "longest"
     if padding == "packed":
         if counts_padding:
             raise ValueError("padding is 'packed'; without mask_padding padding counts, and packed batches have none")
         for model in models:
             enable_packing(model)
+    if config.cuda_graphs and (device.type != "cuda" or padding == "packed"):
+        raise ValueError("cuda_graphs takes a GPU and padded batches: --padding longest or max_length")
+    if config.compile:
+        for model in models:
+            model.base_model.compile(dynamic=True)
     return replace(config, precision=precision, padding=padding)
 
 
@@ -612,6 +447,7 @@ def _step_options(config: TrainingConfig, batches: Batches) -> dict:
         "max_grad_norm": config.max_grad_norm,
         "precision": config.precision,
         "optimizer": config.optimizer,
+        "cuda_graphs": config.cuda_graphs,
     }
 
 
@@ -631,7 +467,8 @@ def _run(
     with _Log(output_dir / "log.jsonl", task.name, step.total_steps, config.progress) as log:
         for epoch in range(1, config.epochs + 1):
             batches.set_epoch(epoch)
-            for group in _groups(batches, config.gradient_accumulation_steps):
+            prepared = prepare_ahead(batches, step.prepare, step.student.device)
+            for group in _groups(prepared, config.gradient_accumulation_steps):
                 log.add(step(*group), group)
                 if log.steps % config.log_every == 0:
                     log.write_losses(epoch, step.scheduler.get_last_lr())
@@ -700,10 +537,10 @@ class _Log:
         self.window_steps = self.window_tokens = 0
         self.since = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], batches: tuple[dict[str, Tensor], ...]) -> None:
+    def add(self, losses: dict[str, Tensor], batches: tuple[Prepared, ...]) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        self.window_tokens += sum(map(num_tokens, batches))
+        self.window_tokens += sum(batch.num_tokens for batch in batches)
         self.window_steps += 1
         self.steps += 1
         self.bar.update()
@@ -781,7 +618,7 @@ def evaluate(
     model.eval()
     logits, labels, ids = [], [], []
     try:
-        with _autocast(model.device.type, precision):
+        with autocast(model.device.type, precision):
             for batch in batches:
                 logits.append(run_model(model, model_inputs(model, batch)[0])[0].float())
                 ids.append(batch["ids"])

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_fast import GateStack, LADObjective
-from lad_fast.training import DistillStep
+from lad_fast.step import DistillStep
 
 FILES = ("rte_l12_k6", "mnli_l12_k4_reverse", "stsb_l12_k6")
 GATE_NAMES = {

@@ -19,12 +19,11 @@ from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import TASKS, get_task
 from lad_fast.models import build_student, load_classifier, save_checkpoint
+from lad_fast.step import DistillStep, clip_each_gate_
 from lad_fast.training import (
     RECIPES,
     DistillConfig,
-    DistillStep,
     FinetuneConfig,
-    clip_each_gate_,
     distill,
     evaluate,
     fastest_precision,
@@ -229,6 +228,21 @@ def test_an_engine_option_changes_no_result(tmp_path, engine):
     assert len(set(ours.tolist())) == len(ours) > 4
 
 
+@pytest.mark.slow
+def test_compiled_encoders_change_no_result(tmp_path):
+    ours, _, _ = engine_losses(tmp_path / "ours", compile=True, teacher_cache="off", epochs=1)
+    right, _, _ = engine_losses(tmp_path / "plain", teacher_cache="off", epochs=1)
+    torch.testing.assert_close(ours, right, rtol=1e-4, atol=0)
+
+
+@pytest.mark.cuda
+def test_graphs_change_no_result(tmp_path):
+    options = {"device": "cuda", "backend": None, "batch_size": 4, "epochs": 4, "padding": "longest"}
+    ours, _, _ = engine_losses(tmp_path / "ours", cuda_graphs=True, **options)
+    right, _, _ = engine_losses(tmp_path / "plain", **options)
+    torch.testing.assert_close(ours, right, rtol=1e-4, atol=0)
+
+
 def test_cached_epochs_run_no_teacher(tmp_path, monkeypatch):
     teacher, calls = bert(), []
     teacher.register_forward_hook(lambda *_: calls.append(1))
@@ -257,6 +271,7 @@ def test_half_precision_caches_follow_the_uncached_run(tmp_path):
         ({"padding": "packed", "mask_padding": False}, "padding is 'packed'; without mask_padding padding counts"),
         ({"teacher_cache": "gpu"}, "teacher_cache is 'gpu'; training on the CPU takes 'cpu', 'disk' or 'off'"),
         ({"teacher_cache": "cpu", "mask_padding": False, "padding": "longest"}, "teacher_cache is 'cpu'; where"),
+        ({"cuda_graphs": True}, "cuda_graphs takes a GPU and padded batches"),
         ({"optimizer": "apex"}, "optimizer is 'apex'; NVIDIA's apex, with FusedAdam, is not installed"),
         ({"teacher_cache": "tape"}, "teacher_cache is 'tape'; it takes one of auto, gpu, cpu, disk, off"),
         ({"padding": "none"}, "padding is 'none'; it takes one of auto, longest, packed, max_length"),

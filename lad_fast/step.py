@@ -1,0 +1,266 @@
+"""The training step (:class:`DistillStep`).
+
+batch ─┬─ student ────────────────────┐
+       │                              ├─ objective ─ one backward ─ clip student, clip each gate ─ AdamW ─ schedule
+       └─ teacher, or its kept output ┘
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from lad_fast.data import num_tokens
+from lad_fast.gates import GateStack
+from lad_fast.graphs import StepGraphs
+from lad_fast.models import model_inputs, run_model
+from lad_fast.objective import LADObjective
+from lad_fast.optimizers import make_adamw
+from lad_fast.teacher_cache import TeacherCache
+
+__all__ = ["HALF", "DistillStep", "Prepared", "autocast", "clip_each_gate_", "prepare_ahead"]
+
+HALF = ("bfloat16", "float16")  # the precisions that run under autocast
+
+
+class Prepared(NamedTuple):
+    """A batch where training runs, as :meth:`DistillStep.prepare` makes it."""
+
+    inputs: dict
+    """Arguments of :func:`~lad_fast.models.run_model`."""
+    attention_mask: Tensor | None
+    """(B, S), or None where every token is real."""
+    labels: Tensor
+    """(B,)."""
+    teacher: tuple[Tensor, tuple[Tensor, ...]] | None
+    """The teacher's logits and hidden states, where a cache holds them."""
+    index: Tensor | None
+    """(B,) on the CPU: the examples' places in the split."""
+    num_tokens: int
+    """Real ones."""
+
+
+class DistillStep:
+    """One optimizer step of a student under a frozen teacher; without a teacher, of a model on its labels.
+
+    Student and gates are trained by one AdamW with a group each for what decays and what does not: student
+    parameters but for biases and LayerNorm weights, and of the gates only ``weight``. Both learning rates
+    rise linearly for ``warmup_steps``, then fall linearly to 0 at ``total_steps``. Gradients are clipped to
+    ``max_grad_norm`` over the whole student, and for each gate on its own. A gate that no student layer's
+    target depends on (at the chain's end: reversed, or where K does not divide L) has a gradient of zero
+    and is only decayed.
+
+    Args:
+        student: the model to train; put in training mode.
+        teacher: put in eval mode and run without gradients; None trains on labels alone.
+        objective: :class:`~lad_fast.LADObjective`; or a function of (student_logits, teacher_logits, labels)
+            where hidden states take no part. None, without a teacher: cross-entropy, or squared error for
+            float labels.
+        learning_rate, gate_learning_rate: peaks for the student (with the objective's projections) and gates.
+        total_steps, warmup_steps: optimizer steps.
+        weight_decay: AdamW's.
+        max_grad_norm: of the student, and of each gate.
+        mask_padding: hand the objective the attention mask; False: padding counts, as published.
+        precision: "float32", or the autocast dtype "bfloat16" or "float16" (with loss scaling).
+        optimizer: "torch" or "apex"; see :func:`lad_fast.optimizers.make_adamw`.
+        teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
+        cuda_graphs: capture forward and backward of each shape of padded batch that comes again, and replay them.
+
+    Raises:
+        ValueError: a teacher without an objective or the other way round; graphs without a GPU.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        objective: LADObjective | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        *,
+        learning_rate: float,
+        gate_learning_rate: float = 0.0,
+        total_steps: int,
+        warmup_steps: int,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+        mask_padding: bool = True,
+        precision: str = "float32",
+        optimizer: str = "torch",
+        teacher_cache: TeacherCache | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        if (teacher is None) != (objective is None):
+            raise ValueError("teacher and objective go together; pass both or neither")
+        self.student, self.teacher, self.objective = student.train(), teacher, objective
+        self.teacher_cache = teacher_cache
+        if teacher is not None:
+            teacher.eval()
+        self.uses_hidden_states = isinstance(objective, LADObjective)
+        self.gates = objective.gates if self.uses_hidden_states else None
+        self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
+        device = student.device.type
+        self.autocast = partial(autocast, device, precision)
+        self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
+
+        named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        if self.uses_hidden_states and objective.projections is not None:
+            named += objective.projections.named_parameters()
+        self.student_parameters = [parameter for _, parameter in named]
+        groups = [
+            {"params": [p for name, p in named if not _is_undecayed(name)], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if _is_undecayed(name)], "weight_decay": 0.0},
+        ]
+        if self.gates is not None:
+            affine = [self.gates.bias, self.gates.norm_weight, self.gates.norm_bias]
+            groups += [
+                {"params": [self.gates.weight], "weight_decay": weight_decay, "lr": gate_learning_rate},
+                {"params": affine, "weight_decay": 0.0, "lr": gate_learning_rate},
+            ]
+        self.optimizer = make_adamw(groups, learning_rate, optimizer)
+        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
+        self.graphs = StepGraphs(self._run, self._zero_grad, student.device) if cuda_graphs else None
+
+    def __call__(self, *batches: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
+        """One optimizer step over one batch, or over several whose gradients accumulate.
+
+        Args:
+            *batches: dicts as :class:`~lad_fast.data.Batches` gives them, or what :meth:`prepare` made of them.
+                Several count by their examples, so equal halves of a batch do what the batch does (up to a masked
+                hidden loss, whose mean over real tokens is taken batch by batch).
+
+        Returns:
+            Mean losses by name, detached and on the device: reading them is the caller's wait.
+        """
+        batches = [batch if isinstance(batch, Prepared) else self.prepare(batch) for batch in batches]
+        num_examples = sum(len(batch.labels) for batch in batches)
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            share = len(batch.labels) / num_examples
+            graphed = self.graphs(batch) if self.graphs is not None and share == 1 else None
+            losses, teacher = graphed or self._run(batch, share)
+            if self.teacher_cache is not None and batch.teacher is None:
+                self.teacher_cache.write(batch.index, *teacher)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value * share
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)
+        if self.gates is not None:
+            clip_each_gate_(self.gates, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self._zero_grad()
+        return totals
+
+    def prepare(self, batch: dict[str, Tensor]) -> Prepared:
+        """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's."""
+        inputs, mask = model_inputs(self.student, batch)
+        cache, index = self.teacher_cache, batch.get("index")
+        teacher = None
+        if cache is not None and cache.holds(index):
+            teacher = cache.read(index, None if "packing" in inputs else inputs["input_ids"].shape[1])
+        labels = batch["labels"].to(self.student.device, non_blocking=True)
+        return Prepared(inputs, mask, labels, teacher, index, num_tokens(batch))
+
+    def losses(self, batch: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
+        """Forward passes and objective: losses by name, of which "loss" carries the gradient.
+
+        Raises:
+            ValueError: a model without one hidden state a layer, or inputs the objective refuses.
+        """
+        return self._losses(batch if isinstance(batch, Prepared) else self.prepare(batch))[0]
+
+    def _run(self, batch: Prepared, share: float = 1.0) -> tuple[dict[str, Tensor], tuple | None]:
+        """Forward and backward: detached losses, and the teacher's logits and hidden states."""
+        losses, teacher = self._losses(batch)
+        self.scaler.scale(losses["loss"] * share).backward()
+        return {name: value.detach() for name, value in losses.items()}, teacher
+
+    def _losses(self, batch: Prepared) -> tuple[dict[str, Tensor], tuple | None]:
+        packing = batch.inputs.get("packing")
+        with self.autocast():
+            logits, states = run_model(self.student, batch.inputs, self.uses_hidden_states)
+            logits = logits.float()
+            if self.teacher is None:
+                return {"loss": _label_loss(logits, batch.labels)}, None
+            teacher = batch.teacher or self._run_teacher(batch.inputs)
+            if not self.uses_hidden_states:
+                return {"loss": self.objective(logits, teacher[0], batch.labels)}, teacher
+            output = self.objective(
+                states, teacher[1], logits, teacher[0], batch.labels,
+                attention_mask=batch.attention_mask if self.mask_padding else None,
+                cu_seqlens=None if packing is None else packing.cu_seqlens,
+            )  # fmt: skip
+        return output._asdict(), teacher
+
+    @torch.no_grad()
+    def _run_teacher(self, inputs: dict) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits, states = run_model(self.teacher, inputs, self.uses_hidden_states)
+        if self.teacher_cache is not None:  # what a later epoch will read
+            states = [state.to(self.teacher_cache.dtype) for state in states or ()]
+        return logits.float(), tuple(states or ())
+
+    def _zero_grad(self) -> None:
+        # Graphs write where they wrote when they were captured.
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
+
+
+def prepare_ahead(
+    batches: Iterable[dict[str, Tensor]], prepare: Callable[[dict[str, Tensor]], Prepared], device: torch.device
+) -> Iterator[Prepared]:
+    """Batches prepared one ahead: on a GPU each is copied, on a stream of its own, while the one before computes."""
+    if device.type != "cuda":
+        yield from map(prepare, batches)
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # what the last epoch wrote to a teacher cache
+    waiting = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            started = prepare(batch), stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(batch: Prepared, copied: torch.cuda.Event) -> Prepared:
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.is_cuda:
+            leaf.record_stream(stream)  # its memory belongs to the other stream, which must not reuse it too soon
+    return batch
+
+
+def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
+    """Scale each gate's gradients, its four tensors together, to a norm of at most ``max_norm``."""
+    grads = [parameter.grad for parameter in gates.parameters() if parameter.grad is not None]
+    if not grads:
+        return
+    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (L-1,)
+    scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """Autocast to a half precision; a context that does nothing for the others."""
+    # Off, it still wants a dtype that it knows.
+    dtype = getattr(torch, precision) if precision in HALF else torch.bfloat16
+    return torch.autocast(device_type, dtype, enabled=precision in HALF)
+
+
+def _is_undecayed(name: str) -> bool:
+    return "bias" in name or "LayerNorm.weight" in name or "layer_norm.weight" in name
+
+
+def _label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        return F.mse_loss(logits.flatten(), labels)
+    return F.cross_entropy(logits, labels)
