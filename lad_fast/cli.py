@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,16 @@ class PredictCommand(InferenceConfig):
 @dataclass
 class DoctorCommand:
     """Show versions and devices, and check every back end against the reference."""
+
+
+@dataclass
+class BenchCommand:
+    """Run the benchmark suite of a repository checkout and write what it measured."""
+
+    full: bool = False
+    """Larger sizes too, as the device's memory allows; otherwise under five minutes on two cores."""
+    output_dir: Path | None = None
+    """Folder for the result file and its figure; None takes benchmarks/results and renews README's tables."""
 
 
 class CommandLineError(ValueError):
@@ -199,6 +210,16 @@ def run_predict(config: PredictCommand) -> int:
     return 0
 
 
+def run_bench(config: BenchCommand) -> int:
+    script = Path(__file__).parents[1] / "benchmarks/bench_record.py"
+    if not script.is_file():
+        raise ValueError(f"bench takes a checkout of the repository; this installation has no {script.parent}")
+    flags = ["--full"] if config.full else []
+    if config.output_dir is not None:
+        flags += ["--output-dir", str(config.output_dir.resolve())]
+    return subprocess.run([sys.executable, str(script), "run", *flags], check=False).returncode
+
+
 def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
     """The task, and a function that predicts one of its splits with the configured model."""
     task = get_task(config.task)
@@ -236,5 +257,6 @@ COMMANDS: dict[type, Command] = {
     DistillCommand: Command("distill", lambda config: run_training(training.distill, config)),
     EvaluateCommand: Command("evaluate", run_evaluate),
     PredictCommand: Command("predict", run_predict),
+    BenchCommand: Command("bench", run_bench),
     DoctorCommand: Command("doctor", lambda config: doctor()),
 }

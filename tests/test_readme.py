@@ -1,24 +1,22 @@
 """README's figures are those of the result files, and its example runs."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import bench_record
+import real_data
 
-
-def real_data():
-    spec = importlib.util.spec_from_file_location("real_data", ROOT / "benchmarks/real_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+README = bench_record.README.read_text(encoding="utf-8")
 
 
 def test_real_data_table_is_the_result_files():
-    module = real_data()
-    assert module.between_markers(README) == module.table(json.loads(module.RESULT.read_text())).strip()
+    table = real_data.table(json.loads(real_data.RESULT.read_text())).strip()
+    assert bench_record.between(README, real_data.MARKERS) == table
+
+
+def test_bench_tables_are_the_result_files():
+    expected = bench_record.readme_part(bench_record.load_results())
+    assert bench_record.between(README, bench_record.MARKERS) == expected.strip()
 
 
 def test_the_example_runs():

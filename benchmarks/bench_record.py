@@ -1,0 +1,237 @@
+"""Run the suite and keep what it measured: a result file, a figure and README's tables. ``lad-fast bench`` calls it.
+
+    python benchmarks/bench_record.py run [--full] [--output-dir DIR]
+    python benchmarks/bench_record.py readme   # the tables again, from the result files
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results"
+MARKERS = ("<!-- bench: begin -->", "<!-- bench: end -->")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers")
+
+
+def machine() -> str:
+    """What runs: the GPU where there is one, processor and cores."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else processor
+
+
+def between(text: str, markers: tuple[str, str]) -> str:
+    """What stands between two markers."""
+    begin, end = (text.index(marker) for marker in markers)
+    return text[begin + len(markers[0]) : end].strip()
+
+
+def replace_between(path: Path, markers: tuple[str, str], content: str) -> None:
+    """Put ``content`` between the markers of a file."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
+    path.write_text(f"{text[:begin]}\n{content}\n{text[end:]}", encoding="utf-8")
+
+
+def compact(report: dict) -> dict:
+    """pytest-benchmark's JSON as a result file: where and with what it ran, the roofs, and a row a benchmark."""
+    import torch
+
+    found = [benchmark["extra_info"] for benchmark in report["benchmarks"] if "median_s" in benchmark["extra_info"]]
+    commit = report["commit_info"]
+    return {
+        "machine": machine(),
+        "device": found[0]["device"],
+        "threads": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "commit": commit["id"][:12] + (" with changes" if commit["dirty"] else ""),
+        "date": report["datetime"][:10],
+        "roofs": _rounded(found[0]["roofs"]),
+        "rows": [_rounded({name: value for name, value in row.items() if name != "roofs"}) for row in found],
+    }
+
+
+def _rounded(value):
+    """Floats to four digits, also inside dicts and lists."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items() if entry is not None}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def load_results(folder: Path = RESULTS) -> list[dict]:
+    """The suite's result files in a folder."""
+    files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return [content | {"file": path} for path, content in files if "roofs" in content]
+
+
+def readme_part(results: list[dict]) -> str:
+    """README's part between the markers: a section a result file."""
+    sections = [section(result) for result in results]
+    if not any(result["device"] == "cuda" for result in results):
+        sections.append("### GPU\n\nNo figure has been measured on a GPU: there is no result file of one.")
+    return "\n\n".join(sections)
+
+
+def section(result: dict) -> str:
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
+    roofs = dict(result["roofs"])
+    copy = f"copies {roofs.pop('bytes_per_second') / 1e9:.3g} GB/s"
+    products = ", ".join(f"multiplies {rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in roofs.items())
+    slopes = [
+        f"{row['contestant']} {row['time_slope']:.2f} in time and {row['kept_slope']:.2f} in memory by {row['axis']}"
+        for row in result["rows"]
+        if row["table"] == "scaling"
+    ]
+    starts = [f"{row['median_s']:.1f} s" for row in result["rows"] if row["table"] == "start"]
+    parts = [
+        f"### {result['machine']}",
+        f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}. The machine {copy} and "
+        f"{products}. Medians; ratios are of one run.",
+        _table(result, "step", STEP),
+        _table(result, "epoch", EPOCH),
+        _table(result, "objective", OBJECTIVE, lambda row: row["passes"] == "forward+backward"),
+        _phases(result),
+        f"Exponents of growth of the objective, forward and backward: {'; '.join(slopes)}." if slopes else "",
+        f"From a fresh process to the end of its first step: {starts[0]}." if starts else "",
+    ]
+    figure = result["file"].with_suffix(".png")
+    if figure.is_file():
+        parts.append(f"![Time and memory]({figure.relative_to(ROOT)})")
+    return "\n\n".join(part for part in parts if part)
+
+
+STEP = {
+    "training step": lambda row: row["case"],
+    "contestant": lambda row: row["contestant"],
+    "time": lambda row: _seconds(row["median_s"]),
+    "against published": lambda row: f"{row['ratio']:.2f}x",
+    "model FLOPs utilisation": lambda row: f"{row['model_flops_utilisation']:.0%}",
+}
+EPOCH = {
+    "epoch, scaled from": lambda row: f"{row['case']}, {row['sampled_batches']} of {row['epoch_steps']} batches",
+    "contestant": lambda row: row["contestant"],
+    "time": lambda row: _seconds(row["epoch_seconds_scaled_from_sample_total"]),
+    "against published": lambda row: f"{row['ratio']:.2f}x",
+}
+OBJECTIVE = {
+    "objective": lambda row: row["case"],
+    "contestant": lambda row: row["contestant"],
+    "time": lambda row: _seconds(row["median_s"]),
+    "against reference": lambda row: f"{row['ratio']:.2f}x",
+    "kept for backward": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB",
+    "of roof": lambda row: f"{row['roof_share']:.0%}",
+}
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 100 else f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _table(result: dict, name: str, columns: dict[str, Callable], wanted: Callable = lambda row: True) -> str:
+    rows = [row for row in result["rows"] if row["table"] == name and wanted(row)]
+    if not rows:
+        return ""
+    return _markdown(list(columns), [[write(row) for write in columns.values()] for row in rows])
+
+
+def _phases(result: dict) -> str:
+    rows = [row for row in result["rows"] if "phase_shares" in row]
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row["phase_shares"]))
+    cells = [
+        [f"{row['case'].split(',')[0]}: {row['contestant']}", *(f"{row['phase_shares'].get(n, 0):.0%}" for n in names)]
+        for row in rows
+    ]
+    return _markdown(["share of a step's time", *names], cells)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def draw(result: dict, path: Path) -> None:
+    """Step times as bars; the objective's time and kept memory against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    bars, time, memory = figure.subplots(1, 3)
+    steps = [row for row in result["rows"] if row["table"] == "step"]
+    bars.barh([row["contestant"] for row in steps], [1e3 * row["median_s"] for row in steps])
+    bars.invert_yaxis()
+    bars.set_xlabel("milliseconds")
+    bars.set_title(steps[0]["case"] if steps else "")
+    for row in result["rows"]:
+        if row["table"] == "scaling" and row["axis"] == "tokens":
+            tokens = [point["tokens"] for point in row["points"]]
+            time.loglog(tokens, [1e3 * p["seconds"] for p in row["points"]], "o-", label=row["contestant"])
+            memory.loglog(tokens, [p["kept_bytes"] / 1e6 for p in row["points"]], "o-", label=row["contestant"])
+    for panel, title in ((time, "objective, milliseconds"), (memory, "kept for backward, MB")):
+        panel.set(xlabel="tokens", title=title)
+        panel.grid(alpha=0.3, which="both")
+        if panel.lines:
+            panel.legend()
+    figure.suptitle(result["machine"])
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def run(full: bool, output_dir: Path) -> int:
+    """The suite in a process of its own, then its files; returns pytest's exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        # -P keeps the repository's root off the path, where kernels/ would hide Hugging Face's.
+        command = [sys.executable, "-P", "-m", "pytest", str(ROOT / "benchmarks"), "-q", f"--benchmark-json={report}"]
+        code = subprocess.run([*command, *(["--full"] if full else [])], cwd=ROOT, check=False).returncode
+        measured = report.is_file() and report.stat().st_size and json.loads(report.read_text(encoding="utf-8"))
+    if not measured or not measured["benchmarks"]:
+        return code or 1
+    result = compact(measured)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
+    path = output_dir / f"{name}.json"
+    rows = result.pop("rows")
+    head = json.dumps(result, indent=1)[:-2]
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    draw(result | {"rows": rows}, path.with_suffix(".png"))
+    print(f"wrote {path} and its figure")
+    if output_dir.resolve() == RESULTS.resolve():
+        write_readme()
+    return code
+
+
+def write_readme() -> None:
+    replace_between(README, MARKERS, readme_part(load_results()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "readme"))
+    parser.add_argument("--full", action="store_true", help="larger sizes too")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.what == "run":
+        return run(options.full, options.output_dir)
+    write_readme()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

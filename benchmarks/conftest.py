@@ -1,0 +1,131 @@
+"""Options, the ``measure`` fixture and the table at the end of ``pytest benchmarks/``."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Both are read when their libraries are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
+
+from measuring import DEVICE, Roofs, calls_per_round, clock, kernel_launches, measure_roofs, peak_bytes, pin_threads
+
+from lad_fast.report import format_table
+
+ROWS = pytest.StashKey[list[dict]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="larger sizes too, as the device's memory allows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    config.option.benchmark_quiet = True  # the table below has what its own has, side by side with the baseline
+    pin_threads()
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, not TF32, for every contestant
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take ``full_size`` get the sizes of their module's ``SIZES``, or ``FULL_SIZES`` with --full."""
+    if "full_size" in metafunc.fixturenames:
+        name = "FULL_SIZES" if metafunc.config.getoption("full") else "SIZES"
+        metafunc.parametrize("full_size", getattr(metafunc.module, name), ids=str)
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("full")
+
+
+@pytest.fixture(scope="session")
+def roofs() -> Roofs:
+    return measure_roofs()
+
+
+@pytest.fixture
+def measure(benchmark, pytestconfig, roofs):
+    """A function that times a step and records a row: in the JSON's extra_info, and in the table at the end."""
+
+    def run(
+        step, *, table: str, case: str, contestant: str, dtype: str = "float32", baseline: str = "reference",
+        flops: float | None = None, moved: int | None = None, rounds: int = 5, once: bool = False, **more,
+    ) -> dict:  # fmt: skip
+        """Time ``step()``.
+
+        Args:
+            step: what to time.
+            table, case, contestant: what the row is about; ratios are taken within a table's case.
+            dtype: picks the roof.
+            baseline: the contestant whose median, taken before in this session, the ratio divides.
+            flops, moved: work that every contestant must do: matrix products, and bytes read and written once.
+            rounds: timed rounds.
+            once: one call a round, no warm-up: the step warms itself up, or is slow.
+            **more: further entries of the row.
+        """
+        calls = 1 if once else calls_per_round(step)
+        benchmark.group = f"{table}: {case}"
+        benchmark.pedantic(step, rounds=rounds, iterations=calls)
+        row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
+        if benchmark.stats is not None:  # None with --benchmark-disable
+            row["median_s"] = median = benchmark.stats["median"]
+            row["rounds"] = rounds
+            others = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
+            base = next((r["median_s"] for r in others if r["contestant"] == baseline), None)
+            row["baseline"] = baseline
+            row["ratio"] = 1.0 if contestant == baseline else base and base / median
+            if flops is not None and moved is not None:
+                row |= {"flops": flops, "moved_bytes": moved}
+                row |= {"tflop_per_s": flops / median / 1e12, "gb_per_s": moved / median / 1e9}
+                row["roof_share"] = roofs.floor_seconds(dtype, flops, moved) / median
+            pytestconfig.stash[ROWS].append(row)
+        row |= {"peak_bytes": peak_bytes(step), "launches": kernel_launches(step)} if not once else {}
+        benchmark.extra_info.update(row)
+        benchmark.extra_info["roofs"] = {"bytes_per_second": roofs.bytes_per_second, **roofs.flop_per_second}
+        return benchmark.extra_info
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    columns = {
+        "median": lambda r: f"{1e3 * r['median_s']:.3g} ms",
+        "ratio": lambda r: f"{r['ratio']:.2f}x",
+        "kept": lambda r: f"{r['kept_bytes'] / 1e6:.1f} MB",
+        "peak": lambda r: f"{r['peak_bytes'] / 1e6:.1f} MB",
+        "GB/s": lambda r: f"{r['gb_per_s']:.3g}",
+        "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}",
+        "of roof": lambda r: f"{r['roof_share']:.0%}",
+        "kernels": lambda r: str(int(r["launches"])),
+    }
+
+    def cell(row: dict, write) -> str:
+        try:
+            return write(row)
+        except (KeyError, TypeError):  # not measured for this row, or not on this device
+            return "-"
+
+    for table in dict.fromkeys(row["table"] for row in rows):
+        terminalreporter.section(f"{table} ({where})")
+        cells = [
+            [f"{r['case']}: {r['contestant']}", *(cell(r, write) for write in columns.values())]
+            for r in rows
+            if r["table"] == table
+        ]
+        used = [i for i in range(len(columns) + 1) if any(line[i] != "-" for line in cells)]
+        titles = ["case", *columns]
+        terminalreporter.write_line(
+            format_table([titles[i] for i in used], [[line[i] for i in used] for line in cells])
+        )

@@ -1,0 +1,158 @@
+"""Clocks, counters and roofs that the benchmarks share. Nothing here knows what is being measured."""
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pin_threads() -> int:
+    """One thread a core that this process may use; the number."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
+
+
+class EventClock:
+    """Seconds as the GPU's events count them; reading it waits for what was launched before.
+
+    pytest-benchmark reads a clock before and after a round. Launches within the round run ahead of the GPU, so
+    what is timed is the GPU's work, or the launching where that is slower.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.last = 0.0, None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self.last is not None:  # summed up: one float32 of milliseconds would grow coarse
+            self.seconds += self.last.elapsed_time(event) / 1e3
+        self.last = event
+        return self.seconds
+
+
+clock: Callable[[], float] = EventClock() if DEVICE.type == "cuda" else time.perf_counter
+
+
+def autocast(dtype: torch.dtype, device: torch.device = DEVICE):
+    """Autocast to bfloat16; nothing for float32."""
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = clock()
+    function()
+    return clock() - start
+
+
+def median_seconds(function: Callable[[], object], rounds: int = 5) -> float:
+    """Median over calls after one to warm up; short functions are called several times a round."""
+    calls = calls_per_round(function)
+    times = []
+    for _ in range(rounds):
+        times.append(seconds_of(lambda: [function() for _ in range(calls)]) / calls)
+    return statistics.median(times)
+
+
+def calls_per_round(function: Callable[[], object], least_seconds: float = 0.02) -> int:
+    """How often to call a function, which this warms up, so that a round takes ``least_seconds``; 100 at most."""
+    function()
+    return max(1, min(100, round(least_seconds / max(seconds_of(function), 1e-6))))
+
+
+def rotating(functions: list[Callable[[], object]]) -> Callable[[], object]:
+    """One function that calls each in turn: copies of inputs, so that a GPU's L2 does not hold the next one's."""
+    turn = itertools.cycle(functions)
+    return lambda: next(turn)()
+
+
+def copies_past_l2(num_bytes: int) -> int:
+    """Copies of inputs of this size that together are twice the GPU's L2; 1 on a CPU."""
+    if DEVICE.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return max(1, min(8, -(-2 * l2 // num_bytes) + 1))
+
+
+def kept_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps after ``forward``, beside the storages of ``known`` (inputs and parameters)."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()  # held, so that no freed address is taken for another storage's
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Most bytes that one call allocates beyond what was allocated before it; None on a CPU."""
+    if DEVICE.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kernel_launches(function: Callable[[], object]) -> int | None:
+    """Kernels that one call runs on the GPU, copies and fills by the driver left out; None on a CPU."""
+    if DEVICE.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    kernels = (e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in kernels)
+
+
+def available_bytes() -> int:
+    """Memory that a case may take on the device."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the machine reaches: bytes a second of a large copy, FLOP a second of a large product by dtype."""
+
+    bytes_per_second: float
+    flop_per_second: dict[str, float]
+
+    def floor_seconds(self, dtype: str, flops: float, num_bytes: float) -> float:
+        """The least time in which these products and this traffic can be had."""
+        return max(flops / self.flop_per_second[dtype], num_bytes / self.bytes_per_second)
+
+
+def measure_roofs() -> Roofs:
+    """Copy bandwidth, counting bytes read and written, and rate of matrix products; best of several."""
+    on_gpu = DEVICE.type == "cuda"
+    source = torch.ones(2**28 if on_gpu else 2**26, device=DEVICE)  # 1 GiB or 256 MiB: past every cache
+    target = torch.empty_like(source)
+    copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(6))
+    size, rates = 8192 if on_gpu else 1536, {}
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        rates[name] = 2 * size**3 / min(seconds_of(lambda a=a, b=b: a @ b) for _ in range(6))
+    return Roofs(2 * source.nbytes / copy, rates)

@@ -1,0 +1,136 @@
+"""Whole training steps: the published loop, a careful plain one, and the library's.
+
+All start from the same weights and see the same examples. ``padded`` gives each the same work, 32 examples padded to
+128 tokens with padding counted as published; the epochs take each contestant's own padding: the published loop pads to
+128, the others to the longest of 32 examples of like length (the library's packs them on a GPU).
+"""
+
+import contextlib
+import functools
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from contestants import CACHED, CONTESTANTS, ON_GPU, PUBLISHED, Runner, make
+from measuring import clock
+from roofline import step_flops
+from workloads import BATCH_SIZE, MAX_LENGTH, SIZES, TASKS, Size, Workload, batches, load, sample
+
+
+def phase_shares(runner: Runner, workload: Workload) -> dict[str, float]:
+    """Share of the time of each phase over the workload's batches, each phase waited for; clipping is optimizer."""
+    step, seconds = runner.step, Counter()
+
+    def timed(phase: str, function):
+        def call(*args, **kwargs):
+            start = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[phase] += clock() - start
+
+        return call
+
+    phases = (
+        (step.teacher.base_model, "forward", "teacher"),
+        (step.student.base_model, "forward", "student forward"),
+        (step.objective, "forward", "objective"),
+        (torch.Tensor, "backward", "backward"),
+    )
+    with contextlib.ExitStack() as stack:
+        for owner, name, phase in phases:
+            stack.enter_context(patch.object(owner, name, timed(phase, getattr(owner, name))))
+        start = clock()
+        iterator = iter(batches(workload, runner.padding))
+        while (batch := timed("data", lambda: next(iterator, None))()) is not None:
+            step(batch)
+        total = clock() - start
+    seconds["optimizer and rest"] = total - sum(seconds.values())
+    return {phase: value / total for phase, value in seconds.items()}
+
+
+@functools.cache
+def workload(task: str) -> Workload:
+    return load(task)
+
+
+@pytest.fixture(params=("minilm", "base"))
+def size(request, full: bool) -> Size:
+    if not full and (request.param == "base") != ON_GPU:
+        pytest.skip("with --full")
+    return SIZES[request.param]
+
+
+def describe(size: Size) -> str:
+    return f"{size.teacher_layers} to {size.student_layers} layers, D {size.hidden_size}"
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name != CACHED])
+def test_padded(measure, roofs, size, name):
+    examples, _ = sample(workload("sst2"), 1)
+    runner = make(name, size, examples, "max_length", mask_padding=False)
+    runner.run(examples)  # warm-up
+    precision = name.split(", ")[1]
+    row = measure(
+        lambda: runner.run(examples), table="step", contestant=name, dtype=precision, baseline=PUBLISHED, once=True,
+        case=f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}", rounds=20 if ON_GPU else 5,
+    )  # fmt: skip
+    add_utilisation(row, roofs, step_flops(size, [MAX_LENGTH] * BATCH_SIZE), row.get("median_s"))
+    if name.startswith("ours"):
+        row["phase_shares"] = phase_shares(runner, examples)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("task", TASKS)
+def test_epoch(measure, roofs, full, size, task, name):
+    whole = workload(task)
+    examples, epoch_steps = sample(whole, 40 if full or ON_GPU else 6)
+    num_batches = len(examples.tokens) // BATCH_SIZE
+    runner = make(name, size, examples, "longest", mask_padding=True)
+    is_cached = name == CACHED
+    runner.run(examples if is_cached else examples.rows(examples.tokens.ids[-BATCH_SIZE:]))  # warm-up
+    precision = name.split(", ")[1]
+    row = measure(
+        lambda: runner.run(examples), table="epoch", contestant=name, dtype=precision, baseline=PUBLISHED, once=True,
+        case=f"{task}, {describe(size)}", rounds=3 if ON_GPU else 1, texts="real" if whole.is_real else "made up",
+        sampled_batches=num_batches, epoch_steps=epoch_steps,
+    )  # fmt: skip
+    if "median_s" in row:
+        row["epoch_seconds_scaled_from_sample_total"] = row["median_s"] / num_batches * epoch_steps
+    add_utilisation(row, roofs, step_flops(size, examples.tokens.lengths, not is_cached), row.get("median_s"))
+    if name.startswith("ours"):
+        row["phase_shares"] = phase_shares(runner, examples)
+
+
+def add_utilisation(row: dict, roofs, flops: float, seconds: float | None) -> None:
+    """What the step needs, over what the machine multiplies in the step's precision: real tokens, no recomputation."""
+    if seconds is not None:
+        row["model_flops"] = flops
+        row["model_flops_utilisation"] = flops / seconds / roofs.flop_per_second[row["dtype"]]
+
+
+FIRST_STEP = """
+import sys; sys.path.insert(0, {folder!r})
+import torch
+from measuring import DEVICE, pin_threads
+pin_threads()
+import contestants, workloads
+contestants.ours(workloads.SIZES["minilm"], "float32", "longest", True).run(workloads.made_up(workloads.BATCH_SIZE))
+if DEVICE.type == "cuda": torch.cuda.synchronize()
+print("stepped", flush=True)
+"""
+
+
+def test_first_step(measure):
+    """A fresh process from its start to the end of its first step, imports and reading of weights included."""
+
+    def start() -> None:
+        code = FIRST_STEP.format(folder=str(Path(__file__).parent))
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "stepped\n"
+
+    measure(start, table="start", case="process to end of first step", contestant="ours, float32", rounds=3, once=True)

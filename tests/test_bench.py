@@ -1,0 +1,102 @@
+"""The bench command, and the files that the suite's report becomes."""
+
+import json
+
+import bench_record
+import pytest
+import torch
+from measuring import kept_bytes
+from workloads import BATCH_SIZE, batches, made_up, sample
+
+from lad_fast import cli
+
+ROW = {
+    "table": "objective", "case": "forward+backward, T 480", "contestant": "torch", "device": "cpu",
+    "passes": "forward+backward", "median_s": 0.123456789, "ratio": 2.0, "kept_bytes": 10**7, "roof_share": 0.5,
+    "peak_bytes": None, "roofs": {"bytes_per_second": 1e10, "float32": 1e12},
+}  # fmt: skip
+REPORT = {
+    "benchmarks": [{"extra_info": ROW}, {"extra_info": {}}],
+    "commit_info": {"id": "0123456789abcdef", "dirty": True},
+    "datetime": "2026-01-02T03:04:05",
+}
+
+
+def test_bench_outside_a_checkout_is_refused_in_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/lad_fast/cli.py"))
+    assert cli.main(["bench"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkout" in line and "benchmarks" in line
+
+
+def test_bench_hands_its_flags_on(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda command, check: called.append(command) or _Done())
+    assert cli.main(["bench", "--full", "--output-dir", str(tmp_path)]) == 3
+    assert called[0][1].endswith("benchmarks/bench_record.py")
+    assert called[0][2:] == ["run", "--full", "--output-dir", str(tmp_path)]
+
+
+class _Done:
+    returncode = 3
+
+
+def test_a_result_file_says_where_it_is_from_and_rounds():
+    result = bench_record.compact(REPORT)
+    assert result["machine"] == bench_record.machine()
+    assert result["commit"] == "0123456789ab with changes" and result["date"] == "2026-01-02"
+    (row,) = result["rows"]  # what was not timed is left out, and so is what was not measured
+    assert row["median_s"] == 0.1235
+    assert "peak_bytes" not in row and "roofs" not in row
+
+
+def test_readme_part_has_a_section_a_file_and_says_where_no_gpu_was_measured(tmp_path):
+    content = bench_record.compact(REPORT)
+    (tmp_path / "here.json").write_text(json.dumps(content))
+    (tmp_path / "real_data.json").write_text('{"rows": []}')  # another kind of result
+    part = bench_record.readme_part(bench_record.load_results(tmp_path))
+    assert f"### {content['machine']}" in part
+    assert "| forward+backward, T 480 | torch | 124 ms | 2.00x | 10 MB | 50% |" in part
+    assert "No figure has been measured on a GPU" in part
+    (tmp_path / "gpu.json").write_text(json.dumps(content | {"device": "cuda"}))
+    assert "No figure" not in bench_record.readme_part(bench_record.load_results(tmp_path))
+
+
+def test_replace_between_markers(tmp_path):
+    path = tmp_path / "file.md"
+    path.write_text("a\n<!-- x -->\nold\n<!-- y -->\nb\n")
+    bench_record.replace_between(path, ("<!-- x -->", "<!-- y -->"), "new")
+    assert path.read_text() == "a\n<!-- x -->\nnew\n<!-- y -->\nb\n"
+
+
+def test_kept_bytes_leaves_out_inputs_and_counts_a_storage_once():
+    x = torch.randn(8, 8, requires_grad=True)
+
+    def forward():
+        y = x.exp()  # keeps its result
+        return y * y[:4].sum() + y.square()  # keeps it again, and a scalar
+
+    assert kept_bytes(forward, [x]) == 8 * 8 * 4 + 4
+    assert kept_bytes(lambda: x * x, [x]) == 0
+
+
+@pytest.mark.parametrize("task", ("sst2", "mrpc"))
+def test_made_up_examples_have_the_recorded_lengths(task):
+    workload = made_up(200, task)
+    counts = json.loads(bench_record.ROOT.joinpath("benchmarks/length_counts.json").read_text())[task]
+    assert set(map(str, workload.tokens.lengths)) <= set(counts)
+    assert (workload.examples.text_pairs is None) == (task == "sst2")
+    assert workload.tokenizer.unk_token_id not in workload.tokens.input_ids
+
+
+def test_a_sample_is_batches_of_the_epoch_with_texts_and_tokens_of_the_same_examples():
+    workload = made_up(400)
+    found, steps = sample(workload, 3)
+    assert steps == 13
+    assert len(found.tokens) == len(found.examples) == 3 * BATCH_SIZE
+    assert (found.tokens.ids == found.examples.ids).all()
+    texts = [text for batch, _, _ in found.text_batches() for text in batch]
+    encoded = found.tokenizer(texts)["input_ids"]
+    for batch, start in zip(batches(found), range(0, len(texts), BATCH_SIZE), strict=True):
+        for row, mask, tokens in zip(batch["input_ids"], batch["attention_mask"], encoded[start:], strict=False):
+            assert row[mask.bool()].tolist() == tokens
