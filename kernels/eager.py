@@ -1,196 +1,222 @@
-"""The "torch" back end: the mathematics of the kernels in in-place PyTorch calls, on any device.
+"""The "torch" back end: the mathematics of the kernels in PyTorch calls, on any device.
 
-It keeps for backward what the kernels keep: the aggregates, the gate values and one mean and rstd a group. The
-blend ``O = g * H + (1 - g) * A_prev`` is made again in backward from tensors that are read there anyway.
+A block of rows goes through all gates before the next does, so that on a CPU what lies between two matrix products
+stays in the cache. The gate values alone are kept for backward: given those, the rest of the chain is element-wise,
+and backward runs it again for each block, by the calls that forward made and so to the same bits. There, with
+P = A_prev, dO the gradient of the blend O, and q = dO * (1 - g):
+
+    O - P = g * (H - P)        du = dO * (H - P) * g * (1 - g) = q * (O - P)        dP = q + du W
+
+Between the products all is float32 (float64 for float64 states); gate values have the products' dtype.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
+from lad_fast.kernels import launch as lc
+from lad_fast.kernels.blocks import Block, blocks
 
 
-class _Segments(NamedTuple):
-    """Which example each row belongs to, for the "sequence" norm with a mask or packed."""
-
-    example: Tensor  # (T,) int64
-    position: Tensor  # (T,) int64, row of the affine
-    real: Tensor | None  # (T, 1), 0 for padding
-    count: Tensor  # (E, 1) elements of an example
-
-    def sums(self, values: Tensor) -> Tensor:
-        """(E, 1) sum of (T, D) values over each example's real rows."""
-        rows = values.sum(dim=1, keepdim=True)
-        if self.real is not None:
-            rows = rows * self.real
-        return rows.new_zeros(self.count.shape).index_add_(0, self.example, rows)
-
-    def affine(self, parameter: Tensor) -> Tensor:
-        """(T, D) rows of an (S, D) parameter."""
-        return parameter[self.position]
+def _gate(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``sigmoid(state @ weight.T + bias)`` in weight's dtype."""
+    state, bias = state.to(weight.dtype), bias.to(weight.dtype)
+    if linear := lc.onednn_linear(weight):
+        return linear(state, weight, bias, "sigmoid", [], "")
+    return F.linear(state, weight, bias).sigmoid_()
 
 
-def _segments(state, norm_weight, row_mask, cu_seqlens, seq_len, dtype) -> _Segments | None:
-    if norm_weight.dim() == 2 or (row_mask is None and cu_seqlens is None):
-        return None
-    (num_tokens, hidden_size), device = state.shape, state.device
-    rows = torch.arange(num_tokens, device=device)
-    if cu_seqlens is None:
-        example, position = rows // seq_len, rows % seq_len
-        real = row_mask.to(dtype)[:, None]
-        count = real.view(-1, seq_len).sum(dim=1, keepdim=True) * hidden_size
-    else:
-        example = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-        start = cu_seqlens[example]
-        lengths = cu_seqlens.diff()
-        position, real = rows - start, None
-        # On a GPU the bounds are not read on the host: a too long example becomes NaN, not a wrong read.
-        lengths = torch.where(lengths > norm_weight.shape[1], torch.nan, lengths.to(dtype))
-        position = position.clamp(max=norm_weight.shape[1] - 1)
-        count = lengths[:, None] * hidden_size
-    return _Segments(example, position, real, count.clamp(min=1))
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of two tensors of one dtype."""
+    if linear := lc.onednn_linear(a):
+        return linear(a, b.T, None, "none", [], "")
+    return a @ b
+
+
+def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weight, norm_bias, eps: float):
+    """What follows a gate's product: blend, aggregate, statistics of the norm."""
+    dtype = previous.dtype
+    blend = block.zero_padding_(torch.lerp(previous, layer[block.rows].to(dtype), gate.to(dtype)))
+    state, statistics = block.norm.forward(blend, norm_weight, norm_bias, eps)
+    return blend, block.zero_padding_(state), statistics
+
+
+def _affine(norm_weight: Tensor) -> Tensor:
+    """(n, S, D); the "token" norm's (n, D) as (n, 1, D)."""
+    return norm_weight if norm_weight.dim() == 3 else norm_weight[:, None]
+
+
+def _forward(
+    hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates,
+    visit: Callable[[int, Block, Tensor], None],
+) -> Tensor:  # fmt: skip
+    """Run n gates; returns their values (n, T, D), empty where not kept. ``visit`` gets each position of the chain
+    (0: its start), a block and the aggregate's rows there."""
+    per_token = norm_weight.dim() == 2
+    norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
+    num_gates = len(weight)
+    gates = weight.new_empty((num_gates, *hidden[0].shape) if keep_gates else 0)
+    for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
+        state = hidden[0][block.rows].to(norm_weight.dtype)
+        visit(0, block, state)
+        for i in range(num_gates):
+            gate = _gate(state, weight[i], bias[i])
+            if keep_gates:
+                gates[i, block.rows] = gate
+            _, state, _ = _step(block, state, hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
+            visit(i + 1, block, state)
+    return gates
+
+
+def _backward(
+    hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top: int, need_hidden,
+    need_parameters, add_gradient: Callable[[int, Block, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the hidden states, weight, bias, norm_weight and norm_bias; empty where not needed.
+
+    ``add_gradient`` gets each position from ``top`` down, a block, the aggregate's rows there and what flows back into
+    them from above (None at the top, or where nothing is needed); it returns the sum with what flows in at that
+    position, which may be the tensor it got.
+    """
+    num_gates, per_token = len(weight), norm_weight.dim() == 2
+    # Zeros, not empty: blocks add up, and gates above ``top`` are never reached.
+    grad_hidden = hidden[0].new_zeros((num_gates + 1, *hidden[0].shape) if need_hidden else 0)
+    grad_weight, grad_bias, grad_norm_weight, grad_norm_bias = (
+        norm_weight.new_zeros(shape if need_parameters else 0)
+        for shape in (weight.shape, weight.shape[:2], norm_weight.shape, norm_weight.shape)
+    )
+    norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
+    affine_grads = [(None, None)] * num_gates
+    if need_parameters:
+        affine_grads = list(zip(_affine(grad_norm_weight), _affine(grad_norm_bias), strict=True))
+    for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
+        states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
+        for i in range(top):
+            gate = gates[i, block.rows]
+            blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
+            states.append(state)
+            steps.append((blend, statistics))
+
+        carry = add_gradient(top, block, states.pop(), None)
+        for i in reversed(range(top)):
+            state, (blend, statistics) = states.pop(), steps.pop()
+            if need_hidden or need_parameters:
+                gate = gates[i, block.rows].to(blend.dtype)
+                grad_blend = block.norm.backward(
+                    carry, blend, statistics, norm_weight[i], norm_bias[i], *affine_grads[i]
+                )
+                if need_hidden:
+                    grad_hidden[i + 1, block.rows] = grad_blend * gate
+                past_gate = grad_blend.addcmul_(grad_blend, gate, value=-1)
+                grad_linear = blend.sub_(state).mul_(past_gate)
+                operand = grad_linear.to(weight.dtype)
+                if need_parameters:
+                    grad_weight[i] += _product(operand.T, state.to(weight.dtype))
+                    grad_bias[i] += grad_linear.sum(dim=0)
+                carry = None
+                if i or need_hidden:
+                    carry = past_gate.add_(_product(operand, weight[i]))
+            carry = add_gradient(i, block, state, carry)
+        if need_hidden:
+            grad_hidden[0, block.rows] = carry
+    return grad_hidden, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
 
 
 def aggregate_forward(
     hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    previous, num_gates = hidden[0], len(weight)
-    dtype, work = previous.dtype, bias.dtype
-    aggregates = previous.new_empty((num_gates, *previous.shape))
-    gates = torch.empty_like(aggregates) if keep_gates else previous.new_empty(0)
-    segments = _segments(previous, norm_weight, row_mask, cu_seqlens, seq_len, work)
-    means, rstds = [], []
-    padding = None if row_mask is None else ~row_mask[:, None]
-    for i in range(num_gates):
-        gate = _matmul(previous, weight[i].T, bias[i], out=gates[i] if keep_gates and dtype == work else None)
-        gate.sigmoid_()
-        if keep_gates and dtype != work:
-            gates[i].copy_(gate)
-        blend = torch.lerp(previous.to(work), hidden[i + 1].to(work), gate)
-        if padding is not None:
-            blend.masked_fill_(padding, 0)  # a padding row of the layer may hold anything, even NaN
-        mean, rstd = _norm(blend, norm_weight[i], norm_bias[i], segments, padding, eps, out=aggregates[i])
-        means.append(mean)
-        rstds.append(rstd)
-        previous = aggregates[i]
-    return aggregates, gates, torch.stack(means), torch.stack(rstds)
+) -> tuple[Tensor, Tensor]:
+    """Aggregates (n, T, D) and gates; see :func:`lad_fast.kernels.ops.aggregate_forward`."""
+    aggregates = hidden[0].new_empty((len(weight), *hidden[0].shape))
 
+    def store(position: int, block: Block, state: Tensor) -> None:
+        if position:
+            aggregates[position - 1, block.rows] = state
 
-def _matmul(a: Tensor, b: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b + bias`` in bias's dtype, the product in b's."""
-    if a.dtype == b.dtype == bias.dtype:
-        return torch.addmm(bias, a, b, out=out)
-    product = (a.to(b.dtype) @ b).to(bias.dtype).add_(bias)
-    return product if out is None else out.copy_(product)
-
-
-def _norm(blend, norm_weight, norm_bias, segments, padding, eps, out) -> tuple[Tensor, Tensor]:
-    """Layer norm of (T, D) into ``out``; mean and rstd (groups,)."""
-    if segments is None:
-        shape = norm_weight.shape if norm_weight.dim() == 1 else (norm_weight.numel(),)
-        rows, mean, rstd = aten.native_layer_norm(
-            blend.view(-1, *shape), shape, norm_weight.view(shape), norm_bias.view(shape), eps
-        )
-        out.copy_(rows.view(out.shape))
-    else:
-        mean = segments.sums(blend) / segments.count
-        centered = blend.sub_(mean[segments.example])
-        rstd = (segments.sums(centered.square()) / segments.count).add_(eps).rsqrt_()
-        centered.mul_(rstd[segments.example]).mul_(segments.affine(norm_weight))
-        out.copy_(centered.add_(segments.affine(norm_bias)))
-    if padding is not None:
-        out.masked_fill_(padding, 0)
-    return mean.flatten(), rstd.flatten()
+    gates = _forward(
+        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, store
+    )
+    return aggregates, gates
 
 
 def aggregate_backward(
-    grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
-    need_hidden, need_parameters,
+    grads, hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, need_hidden,
+    need_parameters,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    num_gates, work = len(weight), norm_weight.dtype
-    padding = None if row_mask is None else ~row_mask[:, None]
-    segments = _segments(hidden[0], norm_weight, row_mask, cu_seqlens, seq_len, work)
-    # Zeros, not empty: a gate above the last gradient is never reached below.
-    grad_hidden = hidden[0].new_zeros((num_gates + 1, *hidden[0].shape) if need_hidden else 0)
-    shapes = (weight.shape, weight.shape[:2], norm_weight.shape, norm_bias.shape)
-    grad_weight, grad_bias, grad_norm_weight, grad_norm_bias = (
-        norm_weight.new_zeros(shape if need_parameters else 0) for shape in shapes
+    """See :func:`lad_fast.kernels.ops.aggregate_backward`."""
+
+    def add_gradient(position: int, block: Block, state: Tensor, carry: Tensor | None) -> Tensor:
+        grad = grads[position - 1] if position else None
+        if grad is None:
+            return carry
+        grad = block.zero_padding_(grad[block.rows].to(state.dtype, copy=True))
+        return grad if carry is None else carry.add_(grad)
+
+    top = max(i + 1 for i, grad in enumerate(grads) if grad is not None)
+    return _backward(
+        hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top, need_hidden,
+        need_parameters, add_gradient,
+    )  # fmt: skip
+
+
+def chain_loss_forward(
+    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
+    keep_gates,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses (K,), the gradient's factor and gates; see :func:`lad_fast.kernels.ops.chain_loss_forward`."""
+    sums = [[] for _ in student]
+
+    def compare(position: int, block: Block, state: Tensor) -> None:
+        for k, target in enumerate(targets):
+            if target == position:
+                difference = block.zero_padding_(student[k][block.rows].to(state.dtype) - state)
+                sums[k].append(difference.square_().sum())
+
+    gates = _forward(
+        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, compare
     )
-
-    carry = None  # gradient of aggregate i, in the statistics' dtype
-    for i in reversed(range(num_gates)):
-        if grads[i] is not None:
-            carry = grads[i].to(work) if carry is None else carry.add_(grads[i])
-        if carry is None:
-            continue
-        previous, layer = (aggregates[i - 1] if i else hidden[0]), hidden[i + 1]
-        if padding is not None:
-            carry, layer = carry.masked_fill(padding, 0), layer.masked_fill(padding, 0)
-        previous, layer, gate = previous.to(work), layer.to(work), gates[i].to(work)
-        grad_blend, grad_norm_weight_i, grad_norm_bias_i = _norm_backward(
-            carry, torch.lerp(previous, layer, gate), norm_weight[i], norm_bias[i], mean[i], rstd[i], segments,
-            need_parameters,
-        )  # fmt: skip
-        if need_hidden:
-            grad_hidden[i + 1].copy_(grad_blend * gate)
-        grad_linear = aten.sigmoid_backward((layer - previous).mul_(grad_blend), gate)
-        operand = grad_linear.to(weight.dtype)
-        if need_parameters:
-            grad_weight[i].copy_(operand.T @ previous.to(weight.dtype))
-            grad_bias[i].copy_(grad_linear.sum(dim=0))
-            grad_norm_weight[i].copy_(grad_norm_weight_i)
-            grad_norm_bias[i].copy_(grad_norm_bias_i)
-        if i or need_hidden:
-            carry = grad_blend.addcmul_(grad_blend, gate, value=-1)
-            if operand.dtype == work:
-                carry.addmm_(operand, weight[i])
-            else:
-                carry.add_(operand @ weight[i])
-    if need_hidden and carry is not None:
-        grad_hidden[0].copy_(carry)
-        if padding is not None:
-            grad_hidden[0].masked_fill_(padding, 0)
-    return grad_hidden, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
+    factor = _loss_factor(student[0], row_mask, loss_weight)
+    return torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2), factor, gates
 
 
-def _norm_backward(grad, blend, norm_weight, norm_bias, mean, rstd, segments, need_parameters):
-    """Gradients of ``blend``, ``norm_weight`` and ``norm_bias``; the last two None where not needed."""
-    if segments is None:
-        shape = norm_weight.shape if norm_weight.dim() == 1 else (norm_weight.numel(),)
-        groups = (-1, *shape)
-        statistics = (len(mean),) + (1,) * len(shape)
-        grad_blend, grad_norm_weight, grad_norm_bias = aten.native_layer_norm_backward(
-            grad.view(groups), blend.view(groups), shape, mean.view(statistics), rstd.view(statistics),
-            norm_weight.view(shape), norm_bias.view(shape), [True, need_parameters, need_parameters],
-        )  # fmt: skip
-        if not need_parameters:
-            return grad_blend.view(grad.shape), None, None
-        return grad_blend.view(grad.shape), grad_norm_weight.view_as(norm_weight), grad_norm_bias.view_as(norm_bias)
-    normalized = (blend - mean[segments.example, None]).mul_(rstd[segments.example, None])
-    grad_norm_weight = grad_norm_bias = None
-    if need_parameters:
-        grad_norm_weight = torch.zeros_like(norm_weight).index_add_(0, segments.position, grad * normalized)
-        grad_norm_bias = torch.zeros_like(norm_bias).index_add_(0, segments.position, grad)
-    scaled = grad * segments.affine(norm_weight)
-    mean_scaled = segments.sums(scaled) / segments.count
-    mean_product = segments.sums(scaled * normalized) / segments.count
-    grad_blend = scaled.sub_(mean_scaled[segments.example]).sub_(normalized.mul_(mean_product[segments.example]))
-    grad_blend.mul_(rstd[segments.example, None])
-    if segments.real is not None:
-        grad_blend.mul_(segments.real)
-    return grad_blend, grad_norm_weight, grad_norm_bias
+def chain_loss_backward(
+    grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps,
+    need_student, need_hidden, need_parameters,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`lad_fast.kernels.ops.chain_loss_backward`."""
+    grad_student = [torch.empty_like(h) for h in student] if need_student else []
+    scale = (grad * factor).to(norm_weight.dtype)
+
+    def add_gradient(position: int, block: Block, state: Tensor, carry: Tensor | None) -> Tensor | None:
+        for k, target in enumerate(targets):
+            if target == position:
+                difference = block.zero_padding_(student[k][block.rows].to(state.dtype) - state).mul_(scale[k])
+                if need_student:
+                    grad_student[k][block.rows] = difference
+                carry = difference.neg_() if carry is None else carry.sub_(difference)
+        return carry
+
+    grad_hidden, *grad_parameters = _backward(
+        hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, max(targets), need_hidden,
+        need_parameters, add_gradient,
+    )  # fmt: skip
+    return grad_student, grad_hidden, *grad_parameters
+
+
+def _loss_factor(student: Tensor, row_mask: Tensor | None, weight: float) -> Tensor:
+    """``2 * weight / (real tokens * D)``, without a host sync."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    num_tokens, hidden_size = student.shape
+    count = torch.tensor(num_tokens, device=student.device) if row_mask is None else row_mask.sum().clamp(min=1)
+    return 2 * weight / (count.to(dtype) * hidden_size)
 
 
 def hidden_loss_forward(student, targets, row_mask, weight) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-    num_tokens, hidden_size = student[0].shape
-    count = torch.tensor(num_tokens, device=student[0].device) if row_mask is None else row_mask.sum().clamp(min=1)
-    factor = 2 * weight / (count.to(dtype) * hidden_size)
+    factor = _loss_factor(student[0], row_mask, weight)
     sums = []
     for h, a in zip(student, targets, strict=True):
-        difference = h.to(dtype) - a.to(dtype)
+        difference = h.to(factor.dtype) - a.to(factor.dtype)
         if row_mask is not None:
             difference.masked_fill_(~row_mask[:, None], 0)
         sums.append(difference.square_().sum())

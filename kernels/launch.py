@@ -4,6 +4,7 @@ Launch settings are data: one frozen row an architecture and kind of matrix prod
 count, since lengths vary from batch to batch.
 """
 
+import functools
 import importlib.util
 import os
 from contextlib import nullcontext
@@ -62,6 +63,7 @@ GATE_BACKWARD = TileLaunch(rows=2, columns=256, num_warps=2)
 HIDDEN_LOSS = TileLaunch(rows=4, columns=512, num_warps=4)
 TOKENS_PER_SWEEP = 512  # "token" norm: rows over which one pass of the parameters' partial sums is spread
 CLASSES_PER_STEP = 256  # logit loss: classes read at once
+CPU_BLOCK_ELEMENTS = 512 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
 
 
 def interpreted() -> bool:
@@ -76,6 +78,28 @@ def why_not_triton(device: torch.device) -> str | None:
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
     return None
+
+
+def torch_block_rows(state: Tensor) -> int | None:
+    """Rows of (T, D) that the "torch" back end takes through the chain at once; None for all, where launches cost."""
+    return max(1, CPU_BLOCK_ELEMENTS // state.shape[1]) if state.device.type == "cpu" else None
+
+
+@functools.cache
+def _onednn_linear(dtype: torch.dtype):
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    runs = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.ops.mkldnn._linear_pointwise.default if runs else None
+
+
+def onednn_linear(operand: Tensor):
+    """oneDNN's ``act(x @ weight.T + bias)``, the operator that Inductor calls, or None where it does not run.
+
+    torch.mm gives float32 products on a CPU to MKL, which on AMD's processors stays with AVX2; oneDNN takes AVX-512
+    there and is twice as fast. It reads transposed operands as they are.
+    """
+    return _onednn_linear(operand.dtype) if operand.device.type == "cpu" else None
 
 
 def architecture(device: torch.device) -> str:

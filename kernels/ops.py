@@ -14,14 +14,6 @@ from torch.autograd.function import once_differentiable
 from lad_fast.kernels import eager
 
 
-def _chain(backend: str) -> ModuleType:
-    if backend == "torch":
-        return eager
-    from lad_fast.kernels import chain
-
-    return chain
-
-
 def _hidden_loss(backend: str) -> ModuleType:
     if backend == "torch":
         return eager
@@ -43,11 +35,27 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _num_groups(state: Tensor, norm_weight: Tensor, cu_seqlens: Tensor | None, seq_len: int) -> int:
-    """Rows that share one mean: examples for the "sequence" norm, single tokens for the "token" norm."""
-    if norm_weight.dim() == 2:
-        return state.shape[0]
-    return state.shape[0] // seq_len if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _new_gates(state: Tensor, weight: Tensor, keep_gates: bool, backend: str) -> Tensor:
+    dtype = weight.dtype if backend == "torch" else state.dtype
+    return state.new_empty((len(weight), *state.shape) if keep_gates else 0, dtype=dtype)
+
+
+def _new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend) -> tuple[Tensor, Tensor]:
+    """Mean and rstd (n, groups). A group is what shares one mean: an example, or a token for the "token" norm."""
+    if backend == "torch":
+        groups = 0
+    elif norm_weight.dim() == 2:
+        groups = state.shape[0]
+    else:
+        groups = state.shape[0] // seq_len if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    mean = state.new_empty((len(weight), groups), dtype=statistics_dtype(state.dtype))
+    return mean, torch.empty_like(mean)
+
+
+def _new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters) -> list[Tensor]:
+    shapes = (weight.shape, weight.shape[:2], norm_weight.shape, norm_weight.shape)
+    grad_hidden = hidden[0].new_empty((len(hidden), *hidden[0].shape) if need_hidden else 0)
+    return [grad_hidden, *(norm_weight.new_empty(shape if need_parameters else 0) for shape in shapes)]
 
 
 @torch.library.custom_op("lad_fast::aggregate_forward", mutates_args=())
@@ -75,22 +83,25 @@ def aggregate_forward(
         keep_gates: whether a backward follows.
 
     Returns:
-        aggregates (n, T, D), gates (n, T, D) or empty, mean and rstd (n, groups).
+        aggregates (n, T, D), gates (n, T, D) or empty, mean and rstd (n, groups). "torch" keeps gates in the
+        products' dtype and no statistics: (n, 0).
     """
+    chain = (hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates)
     with torch.autocast(hidden[0].device.type, enabled=False):
-        return _chain(backend).aggregate_forward(
-            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
-        )
+        if backend == "torch":
+            empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
+            return *eager.aggregate_forward(*chain), *empty
+        from lad_fast.kernels.chain import aggregate_forward
+
+        return aggregate_forward(*chain)
 
 
 @aggregate_forward.register_fake
 def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, backend):
-    num_gates, state = weight.shape[0], hidden[0]
-    aggregates = state.new_empty((num_gates, *state.shape))
-    gates = torch.empty_like(aggregates) if keep_gates else state.new_empty(0)
-    groups = _num_groups(state, norm_weight, cu_seqlens, seq_len)
-    mean = state.new_empty((num_gates, groups), dtype=statistics_dtype(state.dtype))
-    return aggregates, gates, mean, torch.empty_like(mean)
+    state = hidden[0]
+    aggregates = state.new_empty((len(weight), *state.shape))
+    gates = _new_gates(state, weight, keep_gates, backend)
+    return aggregates, gates, *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend)
 
 
 @torch.library.custom_op("lad_fast::aggregate_backward", mutates_args=())
@@ -100,13 +111,14 @@ def aggregate_backward(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    aggregates: Tensor,
+    aggregates: Tensor | None,
     gates: Tensor,
     mean: Tensor,
     rstd: Tensor,
     row_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     seq_len: int,
+    eps: float,
     need_hidden: bool,
     need_parameters: bool,
     backend: str,
@@ -115,27 +127,38 @@ def aggregate_backward(
 
     Args:
         grads: n gradients (T, D) of the aggregates, None where there is none.
+        aggregates: "torch" runs the chain again and takes None.
 
     Returns:
         Gradients of the hidden states (n + 1, T, D), weight, bias, norm_weight and norm_bias (float32); empty
         tensors where not needed.
     """
+    grads = [None if grad is None else grad.contiguous() for grad in grads]
+    where = row_mask, cu_seqlens, seq_len
     with torch.autocast(hidden[0].device.type, enabled=False):
-        return _chain(backend).aggregate_backward(
-            [None if grad is None else grad.contiguous() for grad in grads],
-            hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
-            need_hidden, need_parameters,
+        if backend == "torch":
+            return eager.aggregate_backward(
+                grads, hidden, weight, norm_weight, norm_bias, gates, *where, eps, need_hidden, need_parameters
+            )
+        from lad_fast.kernels import chain
+
+        return chain.aggregate_backward(
+            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *where, need_hidden,
+            need_parameters,
         )  # fmt: skip
 
 
 @aggregate_backward.register_fake
 def _(
-    grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
+    grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len, eps,
     need_hidden, need_parameters, backend,
 ):  # fmt: skip
-    shapes = (weight.shape, weight.shape[:2], norm_weight.shape, norm_bias.shape)
-    grad_hidden = aggregates.new_empty((len(hidden), *hidden[0].shape) if need_hidden else 0)
-    return grad_hidden, *(norm_weight.new_empty(shape if need_parameters else 0) for shape in shapes)
+    return tuple(_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters))
+
+
+def _gate_by_gate(parameter: Tensor) -> Tensor:
+    """The stack with each gate's part contiguous; no copy where just the first rows of an (S, D) affine are taken."""
+    return parameter if parameter[0].is_contiguous() else parameter.contiguous()
 
 
 class _Aggregate(torch.autograd.Function):
@@ -144,18 +167,18 @@ class _Aggregate(torch.autograd.Function):
         ctx, wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep_gates, backend,
         weight, bias, norm_weight, norm_bias, *hidden,
     ):  # fmt: skip
-        weight = weight.to(matmul_dtype).contiguous()
-        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
+        weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         hidden = [h.contiguous() for h in hidden]
         aggregates, gates, mean, rstd = aggregate_forward(
-            hidden, weight, bias.contiguous(), norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates,
-            backend,
+            hidden, weight.to(matmul_dtype), bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps,
+            keep_gates, backend,
         )  # fmt: skip
-        ctx.wanted, ctx.seq_len, ctx.backend = wanted, seq_len, backend
+        ctx.wanted, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = wanted, seq_len, eps, matmul_dtype, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *hidden
-        )
+            row_mask, cu_seqlens, weight, norm_weight, norm_bias, None if backend == "torch" else aggregates, gates,
+            mean, rstd, *hidden,
+        )  # fmt: skip
         return tuple(aggregates[i] for i in wanted)
 
     @staticmethod
@@ -170,14 +193,18 @@ class _Aggregate(torch.autograd.Function):
         for i, grad in zip(ctx.wanted, grad_outputs, strict=True):
             grads[i] = grad
         grad_hidden, *grad_parameters = aggregate_backward(
-            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens,
-            ctx.seq_len, any(needs_hidden), any(needs_parameters), ctx.backend,
+            grads, hidden, weight.to(ctx.matmul_dtype), norm_weight, norm_bias, aggregates, gates, mean, rstd,
+            row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_hidden), any(needs_parameters), ctx.backend,
         )  # fmt: skip
         return (
             *nothing,
             *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
             *(grad_hidden[i] if needed else None for i, needed in enumerate(needs_hidden)),
         )
+
+
+def _keep_gates(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def aggregate(
@@ -197,9 +224,190 @@ def aggregate(
 ) -> tuple[Tensor, ...]:
     """Aggregates ``wanted`` (0 = behind the first gate) as (T, D) tensors; see :func:`aggregate_forward`."""
     inputs = (weight, bias, norm_weight, norm_bias, *hidden)
-    keep_gates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return _Aggregate.apply(
-        tuple(wanted), row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep_gates, backend, *inputs
+        tuple(wanted), row_mask, cu_seqlens, seq_len, eps, matmul_dtype, _keep_gates(*inputs), backend, *inputs
+    )
+
+
+@torch.library.custom_op("lad_fast::chain_loss_forward", mutates_args=())
+def chain_loss_forward(
+    hidden: list[Tensor],
+    student: list[Tensor],
+    targets: list[int],
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    eps: float,
+    loss_weight: float,
+    keep_gates: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run n gates and compare K student states with aggregates: :func:`aggregate_forward` and
+    :func:`hidden_loss_forward` in one, so that no aggregate need outlive its use.
+
+    Args:
+        student: K states (T, D); may have another dtype than ``hidden``.
+        targets: for each, its position along the chain, from 0 (the chain's start) to n; distinct, n among them.
+
+    Returns:
+        losses (K,), the factor (scalar) that the gradient needs, gates (n, T, D) or empty; aggregates, mean and rstd
+        as :func:`aggregate_forward` returns them, aggregates empty for "torch".
+    """
+    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
+    with torch.autocast(hidden[0].device.type, enabled=False):
+        if backend == "torch":
+            result = eager.chain_loss_forward(hidden, student, targets, *chain, loss_weight, keep_gates)
+            empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
+            return *result, hidden[0].new_empty(0), *empty
+        from lad_fast.kernels.chain import aggregate_forward
+
+        aggregates, gates, mean, rstd = aggregate_forward(hidden, *chain, keep_gates)
+        states = [hidden[0], *aggregates]
+        losses, factor = _hidden_loss(backend).hidden_loss_forward(
+            student, [states[i] for i in targets], row_mask, loss_weight
+        )
+        return losses, factor, gates, aggregates, mean, rstd
+
+
+@chain_loss_forward.register_fake
+def _(
+    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
+    keep_gates, backend,
+):  # fmt: skip
+    state = hidden[0]
+    losses = state.new_empty(len(student), dtype=statistics_dtype(student[0].dtype))
+    return (
+        losses,
+        losses.new_empty(()),
+        _new_gates(state, weight, keep_gates, backend),
+        state.new_empty(0 if backend == "torch" else (len(weight), *state.shape)),
+        *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend),
+    )
+
+
+@torch.library.custom_op("lad_fast::chain_loss_backward", mutates_args=())
+def chain_loss_backward(
+    grad: Tensor,
+    factor: Tensor,
+    hidden: list[Tensor],
+    student: list[Tensor],
+    targets: list[int],
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gates: Tensor,
+    aggregates: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    eps: float,
+    need_student: bool,
+    need_hidden: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`chain_loss_forward`: of the student's states, then as :func:`aggregate_backward`."""
+    where = row_mask, cu_seqlens, seq_len
+    needs = need_hidden, need_parameters
+    with torch.autocast(hidden[0].device.type, enabled=False):
+        if backend == "torch":
+            return eager.chain_loss_backward(
+                grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, *where, eps,
+                need_student, *needs,
+            )  # fmt: skip
+        from lad_fast.kernels import chain
+
+        states = [hidden[0], *aggregates]
+        grad_student, grad_targets = _hidden_loss(backend).hidden_loss_backward(
+            grad.contiguous(), student, [states[i] for i in targets], row_mask, factor, need_student, any(needs)
+        )
+        if not any(needs):
+            return grad_student, *_new_gradients(hidden, weight, norm_weight, *needs)
+        grads: list[Tensor | None] = [None] * len(states)
+        for i, grad_target in zip(targets, grad_targets, strict=True):
+            grads[i] = grad_target
+        grad_hidden, *grad_parameters = chain.aggregate_backward(
+            grads[1:], hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *where, *needs
+        )
+        if need_hidden and grads[0] is not None:
+            grad_hidden[0] += grads[0]
+        return grad_student, grad_hidden, *grad_parameters
+
+
+@chain_loss_backward.register_fake
+def _(
+    grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, aggregates, mean, rstd, row_mask,
+    cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters, backend,
+):  # fmt: skip
+    grad_student = [torch.empty_like(h) for h in student] if need_student else []
+    return grad_student, *_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters)
+
+
+class _ChainLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep_gates, backend,
+        weight, bias, norm_weight, norm_bias, *states,
+    ):  # fmt: skip
+        weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
+        states = [state.contiguous() for state in states]
+        student, hidden = states[: len(targets)], states[len(targets) :]
+        losses, factor, *kept = chain_loss_forward(
+            hidden, student, targets, weight.to(matmul_dtype), bias, norm_weight, norm_bias, row_mask, cu_seqlens,
+            seq_len, eps, loss_weight, keep_gates, backend,
+        )  # fmt: skip
+        ctx.targets, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = targets, seq_len, eps, matmul_dtype, backend
+        ctx.save_for_backward(row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *kept, *states)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *rest = ctx.saved_tensors
+        (gates, aggregates, mean, rstd), states = rest[:4], rest[4:]
+        num_layers = len(ctx.targets)
+        needs_parameters, needs_states = ctx.needs_input_grad[9:13], ctx.needs_input_grad[13:]
+        needs_student, needs_hidden = needs_states[:num_layers], needs_states[num_layers:]
+        grad_student, grad_hidden, *grad_parameters = chain_loss_backward(
+            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, weight.to(ctx.matmul_dtype),
+            norm_weight, norm_bias, gates, aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps,
+            any(needs_student), any(needs_hidden), any(needs_parameters), ctx.backend,
+        )  # fmt: skip
+        return (
+            *(None,) * 9,
+            *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+            *(grad_student[k] if needed else None for k, needed in enumerate(needs_student)),
+            *(grad_hidden[i] if needed else None for i, needed in enumerate(needs_hidden)),
+        )
+
+
+def chain_loss(
+    hidden: list[Tensor],
+    student: list[Tensor],
+    targets: list[int],
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    row_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_len: int,
+    eps: float,
+    loss_weight: float,
+    matmul_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """(K,) weighted mean squared errors between student states and aggregates; see :func:`chain_loss_forward`."""
+    inputs = (weight, bias, norm_weight, norm_bias, *student, *hidden)
+    return _ChainLoss.apply(
+        targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, _keep_gates(*inputs), backend, *inputs
     )
 
 

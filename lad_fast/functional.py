@@ -6,6 +6,7 @@ backward in in-place PyTorch calls, on any device). "reference" is :mod:`lad_fas
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,55 +59,20 @@ def fused_aggregate(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, layer index, bound or back end that does not fit.
     """
-    hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
-    first, num_layers = hidden_states[0], len(hidden_states)
-    weight, bias, norm_weight, norm_bias = _check_gates(gates, first, num_layers)
-    if reverse is None:  # a list of tensors has a method of that name
-        reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
-    layers = _check_layers(layers, num_layers)
-    seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
-    backend = _check_backend(backend, first)
-    if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
-    elif seq_len is not None and first.shape[1] > seq_len:
-        raise ValueError(
-            f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"
+    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend)
+    if chain.backend == "reference":
+        where = (attention_mask, chain.cu_seqlens)
+        return reference.aggregate(
+            chain.hidden_states, chain.gates, chain.layers, *where, reverse=chain.reverse, eps=eps
         )
-    if attention_mask is not None:
-        _check_mask(attention_mask, first)
-    if backend == "reference":
-        gates = (weight, bias, norm_weight, norm_bias)
-        return reference.aggregate(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse=reverse, eps=eps)
-
-    position = [num_layers - 1 - layer if reverse else layer for layer in layers]  # along the chain
-    chain = hidden_states[::-1] if reverse else hidden_states
-    num_gates = max(position)
-    start = chain[0] if attention_mask is None else chain[0].masked_fill(attention_mask[..., None] == 0, 0)
-    if num_gates == 0:
-        return (start,) * len(position)
-
-    if cu_seqlens is None and seq_len is not None:
-        norm_weight, norm_bias = norm_weight[:, : first.shape[1]], norm_bias[:, : first.shape[1]]
-    wanted = sorted({i - 1 for i in position if i > 0})
-    aggregates = ops.aggregate(
-        [h.reshape(-1, h.shape[-1]) for h in (start, *chain[1 : num_gates + 1])],
-        weight[:num_gates],
-        bias[:num_gates],
-        norm_weight[:num_gates],
-        norm_bias[:num_gates],
-        wanted,
-        row_mask=None if attention_mask is None else (attention_mask != 0).reshape(-1),
-        cu_seqlens=cu_seqlens,
-        seq_len=0 if first.dim() == 2 else first.shape[1],
-        eps=eps,
-        matmul_dtype=_matmul_dtype(first),
-        backend=backend,
-    )
-    by_position = {i + 1: a.view(first.shape) for i, a in zip(wanted, aggregates, strict=True)}
-    by_position[0] = start
-    return tuple(by_position[i] for i in position)
+    states, positions = chain.states(), chain.positions()
+    if max(positions) == 0:
+        return (states[0],) * len(positions)
+    wanted = sorted({i - 1 for i in positions if i > 0})
+    aggregates = ops.aggregate(*chain.tensors(states, max(positions)), wanted, **chain.options(eps))
+    by_position = {i + 1: a.view(states[0].shape) for i, a in zip(wanted, aggregates, strict=True)}
+    by_position[0] = states[0]
+    return tuple(by_position[i] for i in positions)
 
 
 def fused_hidden_loss(
@@ -140,18 +106,7 @@ def fused_hidden_loss(
     """
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it takes 'sum' or 'none'")
-    packed = _ndim(student_hidden_states) == 2
-    student = _check_hidden_states("student_hidden_states", student_hidden_states, packed=packed)
-    targets = _check_hidden_states("aggregates", aggregates, packed=packed)
-    if len(student) != len(targets):
-        raise ValueError(f"aggregates holds {len(targets)} tensors; student_hidden_states holds {len(student)}")
-    if student[0].shape != targets[0].shape:
-        raise ValueError(
-            f"aggregates have shape {tuple(targets[0].shape)}; student_hidden_states have {tuple(student[0].shape)}"
-        )
-    _check_same_device("aggregates", targets[0], "student_hidden_states", student[0])
-    if attention_mask is not None:
-        _check_mask(attention_mask, student[0])
+    student, targets = _check_pairs(student_hidden_states, aggregates, attention_mask)
     backend = _check_backend(backend, student[0], targets[0])
     if backend == "reference":
         return reference.hidden_loss(student, targets, attention_mask, weight, reduction=reduction)
@@ -164,6 +119,42 @@ def fused_hidden_loss(
         backend=backend,
     )
     return losses if reduction == "none" else losses.sum()
+
+
+def chain_loss(
+    student_hidden_states: Sequence[Tensor],
+    hidden_states: Sequence[Tensor] | Tensor,
+    gates,
+    layers: Sequence[int],
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    weight: float = 1000.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """(K,) terms of :func:`fused_hidden_loss` against :func:`fused_aggregate`, in one operator that keeps less.
+
+    Arguments are those of the two; no layer stands twice in ``layers``.
+    """
+    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, backend)
+    positions = chain.positions()
+    if chain.backend == "reference" or max(positions) == 0:
+        aggregates = fused_aggregate(hidden_states, gates, layers, attention_mask, cu_seqlens, backend=backend)
+        return fused_hidden_loss(
+            student_hidden_states, aggregates, attention_mask, weight, reduction="none", backend=backend
+        )
+    states = chain.states()
+    student, _ = _check_pairs(student_hidden_states, [states[0]] * len(positions), attention_mask)
+    _check_backend(backend, student[0])
+    hidden, *parameters = chain.tensors(states, max(positions))
+    return ops.chain_loss(
+        hidden,
+        [h.reshape(-1, h.shape[-1]) for h in student],
+        positions,
+        *parameters,
+        loss_weight=weight / len(student),
+        **chain.options(eps=1e-5),
+    )
 
 
 def fused_distill_loss(
@@ -226,6 +217,74 @@ def fused_distill_loss(
     return ops.distill_loss(student_logits, teacher_logits, labels, *weights, backend)
 
 
+class _Chain(NamedTuple):
+    """The arguments of :func:`fused_aggregate`, checked, and in the form that the operators take."""
+
+    hidden_states: list[Tensor]
+    gates: tuple[Tensor, Tensor, Tensor, Tensor]
+    layers: list[int]
+    attention_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    reverse: bool
+    backend: str
+
+    def positions(self) -> list[int]:
+        """Where the wanted layers stand along the chain."""
+        last = len(self.hidden_states) - 1
+        return [last - layer if self.reverse else layer for layer in self.layers]
+
+    def states(self) -> list[Tensor]:
+        """The hidden states along the chain; zero padding in the first, which is the first aggregate."""
+        start, *others = reversed(self.hidden_states) if self.reverse else self.hidden_states
+        if self.attention_mask is not None:
+            start = start.masked_fill(self.attention_mask[..., None] == 0, 0)
+        return [start, *others]
+
+    def tensors(self, states: list[Tensor], num_gates: int) -> list:
+        """States (T, D) and the four parameters that so many gates read."""
+        weight, bias, *affine = self.gates
+        if self.cu_seqlens is None and affine[0].dim() == 3:
+            affine = [parameter[:, : states[0].shape[1]] for parameter in affine]
+        return [
+            [h.reshape(-1, h.shape[-1]) for h in states[: num_gates + 1]],
+            *(parameter[:num_gates] for parameter in (weight, bias, *affine)),
+        ]
+
+    def options(self, eps: float) -> dict:
+        first = self.hidden_states[0]
+        return {
+            "row_mask": None if self.attention_mask is None else (self.attention_mask != 0).reshape(-1),
+            "cu_seqlens": self.cu_seqlens,
+            "seq_len": 0 if first.dim() == 2 else first.shape[1],
+            "eps": eps,
+            "matmul_dtype": _matmul_dtype(first),
+            "backend": self.backend,
+        }
+
+
+def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend) -> _Chain:
+    hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
+    first, num_layers = hidden_states[0], len(hidden_states)
+    if reverse is None:  # a list of tensors has a method of that name
+        reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
+    gates = _check_gates(gates, first, num_layers)
+    layers = _check_layers(layers, num_layers)
+    norm_weight = gates[2]
+    seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
+    backend = _check_backend(backend, first)
+    if cu_seqlens is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
+        cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
+    elif seq_len is not None and first.shape[1] > seq_len:
+        raise ValueError(
+            f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"
+        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, first)
+    return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend)
+
+
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
@@ -275,6 +334,23 @@ def _check_hidden_states(name: str, hidden_states, packed: bool) -> list[Tensor]
     if hidden_states[0].numel() == 0:
         raise ValueError(f"{name}[0] is empty: shape {tuple(hidden_states[0].shape)}")
     return list(hidden_states)
+
+
+def _check_pairs(student_hidden_states, aggregates, attention_mask) -> tuple[list[Tensor], list[Tensor]]:
+    """What the hidden loss compares: as many tensors of one shape on both sides."""
+    packed = _ndim(student_hidden_states) == 2
+    student = _check_hidden_states("student_hidden_states", student_hidden_states, packed=packed)
+    targets = _check_hidden_states("aggregates", aggregates, packed=packed)
+    if len(student) != len(targets):
+        raise ValueError(f"aggregates holds {len(targets)} tensors; student_hidden_states holds {len(student)}")
+    if student[0].shape != targets[0].shape:
+        raise ValueError(
+            f"aggregates have shape {tuple(targets[0].shape)}; student_hidden_states have {tuple(student[0].shape)}"
+        )
+    _check_same_device("aggregates", targets[0], "student_hidden_states", student[0])
+    if attention_mask is not None:
+        _check_mask(attention_mask, student[0])
+    return student, targets
 
 
 def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

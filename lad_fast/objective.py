@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, fused_aggregate, fused_distill_loss, fused_hidden_loss
+from lad_fast.functional import BACKENDS, chain_loss, fused_distill_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -125,12 +125,10 @@ class LADObjective(nn.Module):
             student_hidden_states = [
                 project(h) for project, h in zip(self.projections, student_hidden_states, strict=True)
             ]
-        aggregates = fused_aggregate(
-            teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens, backend=backend
-        )
-        hidden_losses = fused_hidden_loss(
-            student_hidden_states, aggregates, attention_mask, self.hidden_weight, reduction="none", backend=backend
-        )
+        hidden_losses = chain_loss(
+            student_hidden_states, teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens,
+            self.hidden_weight, backend=backend,
+        )  # fmt: skip
         logits_loss = fused_distill_loss(
             student_logits, teacher_logits, labels, self.temperature, self.soft_weight, self.hard_weight,
             self.regression, backend=backend,

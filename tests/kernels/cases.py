@@ -1,10 +1,14 @@
 """Inputs for operator tests, and the one way in which they compare a back end with the float64 reference."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 import lad_fast
+from lad_fast.functional import chain_loss
+
+GATES = ("weight", "bias", "norm_weight", "norm_bias")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Case:
     seq_len: int = 8
 
     def build(self, dtype: torch.dtype, seed: int = 0) -> dict:
-        """Hidden states and upstream gradients rounded to ``dtype``, float32 gates, and where padding is."""
+        """States of teacher and student and upstream gradients, rounded to ``dtype``; float32 gates; the padding."""
         generator = torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         num_tokens = self.batch * self.length
@@ -48,6 +52,7 @@ class Case:
             ],
             "attention_mask": mask,
             "cu_seqlens": cu_seqlens,
+            "student": [draw(*shape).to(dtype) for _ in self.wanted],
         }  # fmt: skip
 
 
@@ -68,9 +73,27 @@ def run(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=Non
     )
     torch.autograd.backward(outputs, [g.to(dtype) for g in inputs["grads"]])
     result = {f"aggregate {layer}": out.detach() for layer, out in zip(case.wanted, outputs, strict=True)}
-    result |= {f"grad of layer {i}": h.grad for i, h in enumerate(hidden)}
-    names = ("weight", "bias", "norm_weight", "norm_bias")
-    return result | {f"grad of {name}": g.grad for name, g in zip(names, gates, strict=True)}
+    return result | gradients(hidden, gates)
+
+
+def gradients(hidden: list, gates) -> dict[str, torch.Tensor]:
+    result = {f"grad of layer {i}": h.grad for i, h in enumerate(hidden)}
+    return result | {f"grad of {name}": g.grad for name, g in zip(GATES, gates, strict=True)}
+
+
+def run_loss(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=None) -> dict[str, torch.Tensor]:
+    """Hidden losses through the chain and all gradients, from an upstream gradient of 1, 2, ... for student layer 1,
+    2, ... ``function`` replaces ``chain_loss``."""
+    function = function or chain_loss
+    hidden, student = ([h.detach().to(dtype).requires_grad_() for h in inputs[name]] for name in ("hidden", "student"))
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    gates = [g.detach().clone().to(gate_dtype).requires_grad_() for g in inputs["gates"]]
+    stack = SimpleNamespace(**dict(zip(GATES, gates, strict=True)), reverse=case.reverse)
+    where = inputs["attention_mask"], inputs["cu_seqlens"]
+    losses = function(student, hidden, stack, case.wanted, *where, 50.0, backend=backend)
+    (losses * torch.arange(1.0, len(losses) + 1)).sum().backward()
+    result = {"losses": losses.detach()} | {f"grad of student layer {k}": h.grad for k, h in enumerate(student)}
+    return result | gradients(hidden, gates)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

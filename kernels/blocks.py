@@ -1,0 +1,164 @@
+"""How the "torch" back end cuts states (T, D) into blocks of rows, and the layer norm of a block.
+
+A block holds whole examples ("sequence" norm) or any rows ("token" norm), so that blocks do not depend on each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lad_fast.kernels import launch as lc
+
+aten = torch.ops.aten
+
+
+class _Groups:
+    """Layer norm over groups of whole rows: one call for all groups of a length, so one for each packed example."""
+
+    def __init__(self, parts: list[tuple[slice, int]]):
+        self.parts = parts  # rows of the block, and how many of them make a group
+
+    def forward(self, blend: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, list]:
+        """Norm of (R, D) with an affine (S, D); statistics for backward."""
+        states, statistics = [], []
+        for rows, length in self.parts:
+            weight, bias = norm_weight[:length].flatten(), norm_bias[:length].flatten()
+            groups = blend[rows].view(-1, len(weight))
+            state, mean, rstd = aten.native_layer_norm(groups, weight.shape, weight, bias, eps)
+            states.append(state.view(-1, blend.shape[1]))
+            statistics.append((mean, rstd))
+        return _joined(states), statistics
+
+    def backward(self, grad, blend, statistics, norm_weight, norm_bias, grad_norm_weight, grad_norm_bias) -> Tensor:
+        """Gradient of ``blend``; adds to those of the affine, None where they are not needed."""
+        grads, needed = [], grad_norm_weight is not None
+        for (rows, length), (mean, rstd) in zip(self.parts, statistics, strict=True):
+            weight, bias = norm_weight[:length].flatten(), norm_bias[:length].flatten()
+            groups = (-1, len(weight))
+            grad_blend, grad_weight, grad_bias = aten.native_layer_norm_backward(
+                grad[rows].view(groups), blend[rows].view(groups), weight.shape, mean, rstd, weight, bias,
+                [True, needed, needed],
+            )  # fmt: skip
+            grads.append(grad_blend.view(-1, blend.shape[1]))
+            if needed:
+                grad_norm_weight[:length].add_(grad_weight.view(length, -1))
+                grad_norm_bias[:length].add_(grad_bias.view(length, -1))
+        return _joined(grads)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Layer norm over the real rows of each example: with a mask, or packed where the host does not read the bounds."""
+
+    example: Tensor  # (R,) int64, the example of each row
+    position: Tensor  # (R,) int64, the affine's row for each row
+    real: Tensor | None  # (R, 1), 0 for padding
+    count: Tensor  # (E, 1) elements of an example
+
+    def forward(self, blend: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, tuple]:
+        """As :meth:`_Groups.forward`; padding rows of ``blend`` are zero."""
+        mean = self._means(blend)
+        normalized = blend - mean
+        rstd = self._means(normalized.square()).add_(eps).rsqrt_()
+        normalized.mul_(rstd).mul_(norm_weight[self.position])
+        return normalized.add_(norm_bias[self.position]), (mean, rstd)
+
+    def backward(self, grad, blend, statistics, norm_weight, norm_bias, grad_norm_weight, grad_norm_bias) -> Tensor:
+        """As :meth:`_Groups.backward`; padding rows of ``grad`` and ``blend`` are zero."""
+        mean, rstd = statistics
+        normalized = (blend - mean).mul_(rstd)
+        if grad_norm_weight is not None:
+            self._add_by_position(grad_norm_weight, grad * normalized)
+            self._add_by_position(grad_norm_bias, grad)
+        scaled = grad * norm_weight[self.position]
+        mean_scaled, mean_product = self._means(scaled), self._means(scaled * normalized)
+        grad_blend = scaled.sub_(mean_scaled).sub_(normalized.mul_(mean_product)).mul_(rstd)
+        return grad_blend if self.real is None else grad_blend.mul_(self.real)
+
+    def _means(self, values: Tensor) -> Tensor:
+        """(R, 1) mean of the row's example over its real rows; 0 for padding."""
+        rows = values.sum(dim=1, keepdim=True)
+        if self.real is not None:
+            rows = rows * self.real
+        means = (rows.new_zeros(self.count.shape).index_add_(0, self.example, rows) / self.count)[self.example]
+        return means if self.real is None else means * self.real
+
+    def _add_by_position(self, total: Tensor, values: Tensor) -> None:
+        if self.real is None:
+            total.index_add_(0, self.position, values)
+        else:  # padded examples have one length, and no scatter is needed
+            total.add_(values.view(len(self.count), -1, values.shape[1]).sum(dim=0))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that go through the chain together."""
+
+    rows: slice
+    padding: Tensor | None  # (R, 1) bool
+    norm: _Groups | _Segments
+
+    def zero_padding_(self, values: Tensor) -> Tensor:
+        """``values`` (R, D), changed in place: padding rows may hold anything, even NaN, and become zero."""
+        return values if self.padding is None else values.masked_fill_(self.padding, 0)
+
+
+def blocks(state: Tensor, norm_weight: Tensor, row_mask, cu_seqlens, seq_len: int, per_token: bool) -> Iterator[Block]:
+    """Blocks of about ``launch.torch_block_rows`` rows that cover ``state``; see ``ops.aggregate_forward``.
+
+    ``norm_weight`` is one gate's: (S, D), or (1, D) for the "token" norm.
+    """
+    num_tokens, hidden_size = state.shape
+    most = lc.torch_block_rows(state) or num_tokens
+    if cu_seqlens is not None and not per_token:
+        if state.device.type == "cpu":
+            yield from _packed_blocks(cu_seqlens.tolist(), most)
+        else:
+            segments = _packed_segments(num_tokens, hidden_size, cu_seqlens, norm_weight)
+            yield Block(slice(0, num_tokens), None, segments)
+        return
+    length = 1 if per_token else seq_len
+    step = max(1, most // length) * length
+    for start in range(0, num_tokens, step):
+        rows = slice(start, min(start + step, num_tokens))
+        padding = None if row_mask is None else ~row_mask[rows, None]
+        if padding is None or per_token:
+            norm = _Groups([(slice(None), length)])
+        else:
+            norm = _masked_segments(row_mask[rows], length, hidden_size, norm_weight.dtype)
+        yield Block(rows, padding, norm)
+
+
+def _packed_blocks(bounds: list[int], most: int) -> Iterator[Block]:
+    examples = [(start, end) for start, end in pairwise(bounds) if end > start]
+    while examples:
+        first, taken = examples[0][0], 1
+        while taken < len(examples) and examples[taken][1] - first <= most:
+            taken += 1
+        parts = [(slice(start - first, end - first), end - start) for start, end in examples[:taken]]
+        yield Block(slice(first, examples[taken - 1][1]), None, _Groups(parts))
+        examples = examples[taken:]
+
+
+def _masked_segments(row_mask: Tensor, seq_len: int, hidden_size: int, dtype: torch.dtype) -> _Segments:
+    rows = torch.arange(len(row_mask), device=row_mask.device)
+    real = row_mask.to(dtype)[:, None]
+    count = real.view(-1, seq_len).sum(dim=1, keepdim=True) * hidden_size
+    return _Segments(rows // seq_len, rows % seq_len, real, count.clamp(min=1))
+
+
+def _packed_segments(num_tokens: int, hidden_size: int, cu_seqlens: Tensor, norm_weight: Tensor) -> _Segments:
+    rows = torch.arange(num_tokens, device=cu_seqlens.device)
+    example = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    # Nobody looked at the bounds: a too long example becomes NaN, not a wrong read.
+    lengths, seq_len = cu_seqlens.diff(), norm_weight.shape[0]
+    count = torch.where(lengths > seq_len, torch.nan, lengths.to(norm_weight.dtype))[:, None] * hidden_size
+    position = (rows - cu_seqlens[example]).clamp(max=seq_len - 1)
+    return _Segments(example, position, None, count.clamp(min=1))

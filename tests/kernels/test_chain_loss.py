@@ -1,0 +1,227 @@
+"""The chain and the hidden loss in one operator, both back ends against the float64 reference."""
+
+import pytest
+import torch
+from cases import TOLERANCE, Case, check, relative_error, run_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lad_fast
+from lad_fast.functional import chain_loss
+from lad_fast.kernels import launch, ops
+
+BACKENDS = ("torch", "triton")
+MODES = ("plain", "masked", "packed")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A few rows a block, so that the "torch" back end takes several blocks of a test's sizes."""
+    monkeypatch.setattr(launch, "CPU_BLOCK_ELEMENTS", 7 * 24)
+
+
+def compare(case: Case, dtype: torch.dtype, backend: str, seed: int = 0, tolerance: float | None = None) -> None:
+    inputs = case.build(dtype, seed)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    check(run_loss(case, inputs, dtype, backend), expected, tolerance or TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mode(backend, dtype, norm, mode, reverse, poisoned_allocations, small_blocks):
+    compare(Case(norm=norm, mode=mode, reverse=reverse), dtype, backend)
+
+
+# One token; one row an example; odd sizes; BERT's D; one student layer and one a teacher layer, the chain's untouched
+# start among them; that start alone; an early end of the chain; layers out of order.
+SIZES = (
+    Case(batch=1, length=1),
+    Case(batch=5, length=1, hidden_size=100),
+    Case(batch=2, length=37, hidden_size=100, layers=3, wanted=(2,)),
+    Case(batch=1, length=9, hidden_size=768, layers=2, wanted=(1,), seq_len=16),
+    Case(layers=12, wanted=(11,)),
+    Case(layers=12, wanted=tuple(range(12))),
+    Case(layers=3, wanted=(0,)),
+    Case(layers=12, wanted=(0, 5)),
+    Case(layers=12, wanted=(3, 1)),
+)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=repr)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_odd_sizes(backend, norm, case, poisoned_allocations):
+    compare(Case(**{**vars(case), "norm": norm}), torch.float32, backend)
+
+
+@given(
+    case=st.builds(
+        Case,
+        batch=st.integers(1, 6),
+        length=st.integers(1, 20),
+        hidden_size=st.integers(8, 40),
+        layers=st.just(4),
+        wanted=st.permutations(range(4)).flatmap(lambda p: st.integers(1, 4).map(lambda n: tuple(p[:n]))),
+        norm=st.sampled_from(("sequence", "token")),
+        mode=st.sampled_from(MODES),
+        reverse=st.booleans(),
+    ),
+    seed=st.integers(0, 2**16),
+    block=st.integers(1, 600),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_block_size_changes_nothing(case, seed, block):
+    """Any cut into blocks, on the back end that cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "CPU_BLOCK_ELEMENTS", block)
+        # Groups of few values can have little variance, which magnifies rounding: looser than elsewhere.
+        compare(case, torch.float32, "torch", seed, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+def test_gradcheck(norm, mode, small_blocks):
+    case = Case(batch=2, length=3, hidden_size=3, layers=3, wanted=(0, 2), norm=norm, mode=mode, seq_len=4)
+    inputs = case.build(torch.float64)
+    tensors = [t.double().requires_grad_() for t in (*inputs["student"], *inputs["hidden"], *inputs["gates"])]
+    where = inputs["attention_mask"], inputs["cu_seqlens"]
+
+    def function(*tensors):
+        return chain_loss(tensors[:2], tensors[2:5], tensors[5:], case.wanted, *where, backend="torch")
+
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_is_bitwise_deterministic(backend, mode, small_blocks):
+    case = Case(batch=4, length=33, hidden_size=40, mode=mode)
+    inputs = case.build(torch.float32)
+    first, second = (run_loss(case, inputs, torch.float32, backend) for _ in range(2))
+    for name, value in first.items():
+        assert value is None or torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_two_operators_one_after_another(backend, dtype):
+    """Also where the student's dtype is not the teacher's."""
+    case = Case()
+    inputs = case.build(dtype)
+    student = [h.float() for h in inputs["student"]]
+    aggregates = lad_fast.fused_aggregate(inputs["hidden"], inputs["gates"], case.wanted, backend=backend)
+    two = lad_fast.fused_hidden_loss(student, aggregates, weight=50.0, reduction="none", backend=backend)
+    one = chain_loss(student, inputs["hidden"], inputs["gates"], case.wanted, weight=50.0, backend=backend)
+    assert one.dtype == torch.float32
+    assert relative_error(one, two) < (1e-6 if dtype == torch.float32 else 1e-3)  # "torch" rounds no aggregate here
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_anything(backend):
+    """NaN in padding rows reaches neither losses nor gradients; an example may be all padding."""
+    case = Case(mode="masked", batch=3, length=6)
+    inputs = case.build(torch.float32)
+    inputs["attention_mask"] = torch.tensor([[1] * 6, [0, 1, 1, 0, 0, 0], [0] * 6])
+    clean = run_loss(case, inputs, torch.float32, backend)
+    padding = inputs["attention_mask"] == 0
+    for tensor in (*inputs["hidden"], *inputs["student"]):
+        tensor[padding] = float("nan")
+    dirty = run_loss(case, inputs, torch.float32, backend)
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
+        if "layer" in name:
+            assert not dirty[name][padding].any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_aliases_and_second_backward(backend):
+    """Non-contiguous, expanded and repeated inputs, one state as two student layers; nothing of the caller's changes,
+    and a second call of backward gives the same gradients."""
+    case = Case(batch=2, length=4, hidden_size=6)
+    inputs = case.build(torch.float32)
+    strided = torch.randn(2, 6, 4).transpose(1, 2)
+    hidden = [strided, torch.randn(1, 4, 6).expand(2, 4, 6), strided, inputs["hidden"][3]]
+    gates = [g.clone().requires_grad_() for g in inputs["gates"]]
+    gates[0] = inputs["gates"][0].mT.clone().requires_grad_().mT  # weights that are not contiguous
+    student = strided.clone().requires_grad_()
+    leaves = (student, *gates)
+    before = [t.detach().clone() for t in (*hidden, *leaves)]
+    gradients = []
+    for name in (backend, "reference"):
+        loss = chain_loss([student, student], hidden, gates, case.wanted, weight=50.0, backend=name).sum()
+        gradients.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        again = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(gradients[-1], again, strict=True))
+    for ours, right in zip(*gradients, strict=True):
+        assert relative_error(ours, right) < TOLERANCE[torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(before, (*hidden, *leaves), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_only_where_asked(backend):
+    case = Case(wanted=(0, 3))
+    inputs = case.build(torch.float32)
+    full = run_loss(case, inputs, torch.float32, backend)
+    names = {"student": "grad of student layer 1", "hidden": "grad of layer 2", "gates": "grad of bias"}
+    for wanted, name in names.items():
+        tensors = {key: [t.clone() for t in inputs[key]] for key in names}
+        leaf = tensors[wanted][{"hidden": 2}.get(wanted, 1)].requires_grad_()
+        losses = chain_loss(*tensors.values(), case.wanted, weight=50.0, backend=backend)
+        (losses * torch.arange(1.0, 3)).sum().backward()
+        assert relative_error(leaf.grad, full[name]) < 1e-6
+    with torch.no_grad():
+        assert not chain_loss(*tensors.values(), case.wanted, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_multiplies_in_the_low_precision(backend):
+    """The products run in bfloat16 ("torch" also keeps the gate values so); all else and the losses in float32."""
+    case = Case(batch=4, length=8, hidden_size=64)
+    inputs = case.build(torch.float32)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run_loss(case, inputs, torch.float32, backend)
+    assert actual["losses"].dtype == actual["grad of weight"].dtype == torch.float32
+    check(actual, expected, TOLERANCE[torch.bfloat16])
+    assert relative_error(actual["losses"], expected["losses"]) > 1e-6  # it did multiply in bfloat16
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, mode):
+    case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(0, 2), mode=mode)
+    inputs = case.build(torch.float32)
+    hidden, student = ([h.reshape(-1, 8) for h in inputs[name]] for name in ("hidden", "student"))
+    weight, bias, *affine = inputs["gates"]
+    mask, cu_seqlens = inputs["attention_mask"], inputs["cu_seqlens"]
+    if mode != "packed":
+        affine = [parameter[:, :4].contiguous() for parameter in affine]
+    where = (
+        None if mask is None else mask.bool().reshape(-1),
+        None if cu_seqlens is None else cu_seqlens.int(),
+        0 if mode == "packed" else 4,
+        1e-5,
+    )
+    arguments = (hidden, student, [0, 2], weight, bias, *affine, *where, 3.0, True, backend)
+    torch.library.opcheck(ops.chain_loss_forward, arguments)
+    losses, factor, *kept = ops.chain_loss_forward(*arguments)
+    for needs in ((True, True, True), (True, False, False)):
+        torch.library.opcheck(
+            ops.chain_loss_backward,
+            (losses, factor, hidden, student, [0, 2], weight, *affine, *kept, *where, *needs, backend),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_as_one_graph(backend):
+    """No graph break, no new graph for another length of the batch, the same numbers as eager."""
+    torch._dynamo.reset()
+    compiled = torch.compile(chain_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for case, seed in ((Case(batch=2, length=6), 0), (Case(batch=3, length=7), 1)):
+        inputs = case.build(torch.float32, seed)
+        plain = run_loss(case, inputs, torch.float32, backend)
+        for name, value in run_loss(case, inputs, torch.float32, backend, compiled).items():
+            assert torch.equal(value, plain[name]), name
