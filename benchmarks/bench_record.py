@@ -1,6 +1,7 @@
 """Run the suite and keep what it measured: a result file, a figure and README's tables. ``lad-fast bench`` calls it.
 
     python benchmarks/bench_record.py run [--full] [--output-dir DIR]
+    python benchmarks/bench_record.py convert --report REPORT.json [--output-dir DIR]   # of pytest --benchmark-json
     python benchmarks/bench_record.py readme   # the tables again, from the result files
 """
 
@@ -199,22 +200,32 @@ def run(full: bool, output_dir: Path) -> int:
         # -P keeps the repository's root off the path, where kernels/ would hide Hugging Face's.
         command = [sys.executable, "-P", "-m", "pytest", str(ROOT / "benchmarks"), "-q", f"--benchmark-json={report}"]
         code = subprocess.run([*command, *(["--full"] if full else [])], cwd=ROOT, check=False).returncode
-        measured = report.is_file() and report.stat().st_size and json.loads(report.read_text(encoding="utf-8"))
-    if not measured or not measured["benchmarks"]:
-        return code or 1
-    result = compact(measured)
+        converted = convert(report, output_dir)
+    return code or converted
+
+
+def convert(report: Path, output_dir: Path) -> int:
+    """Result file and figure, and README's tables where the files are among those kept; 1 if nothing was measured."""
+    if not report.is_file() or not (text := report.read_text(encoding="utf-8")):
+        print(f"{report} holds no benchmarks", file=sys.stderr)
+        return 1
+    result = compact(json.loads(text))
     output_dir.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
     path = output_dir / f"{name}.json"
-    rows = result.pop("rows")
-    head = json.dumps(result, indent=1)[:-2]
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
-    draw(result | {"rows": rows}, path.with_suffix(".png"))
+    write_result(result, path)
+    draw(result, path.with_suffix(".png"))
     print(f"wrote {path} and its figure")
     if output_dir.resolve() == RESULTS.resolve():
         write_readme()
-    return code
+    return 0
+
+
+def write_result(result: dict, path: Path) -> None:
+    """JSON with a row a line, so that a change of one row is a change of one line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 
 def write_readme() -> None:
@@ -223,12 +234,15 @@ def write_readme() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "readme"))
+    parser.add_argument("what", choices=("run", "convert", "readme"))
     parser.add_argument("--full", action="store_true", help="larger sizes too")
+    parser.add_argument("--report", type=Path, help="pytest-benchmark's JSON, for convert")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.what == "run":
         return run(options.full, options.output_dir)
+    if options.what == "convert":
+        return convert(options.report, options.output_dir)
     write_readme()
     return 0
 

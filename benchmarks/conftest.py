@@ -10,7 +10,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
 
-from measuring import DEVICE, Roofs, calls_per_round, clock, kernel_launches, measure_roofs, peak_bytes, pin_threads
+from measuring import DEVICE, Roofs, clock, kernel_launches, measure_roofs, peak_bytes, pin_threads, plan_rounds
 
 from lad_fast.report import format_table
 
@@ -57,7 +57,7 @@ def measure(benchmark, pytestconfig, roofs):
 
     def run(
         step, *, table: str, case: str, contestant: str, dtype: str = "float32", baseline: str = "reference",
-        flops: float | None = None, moved: int | None = None, rounds: int = 5, once: bool = False, **more,
+        flops: float | None = None, moved: int | None = None, rounds: int | None = None, profiled: bool = True, **more,
     ) -> dict:  # fmt: skip
         """Time ``step()``.
 
@@ -67,11 +67,11 @@ def measure(benchmark, pytestconfig, roofs):
             dtype: picks the roof.
             baseline: the contestant whose median, taken before in this session, the ratio divides.
             flops, moved: work that every contestant must do: matrix products, and bytes read and written once.
-            rounds: timed rounds.
-            once: one call a round, no warm-up: the step warms itself up, or is slow.
+            rounds: timed rounds of one call, for a step that is warm; None warms it up and chooses calls and rounds.
+            profiled: on a GPU, run it twice more for its peak memory and its kernels.
             **more: further entries of the row.
         """
-        calls = 1 if once else calls_per_round(step)
+        calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
         benchmark.group = f"{table}: {case}"
         benchmark.pedantic(step, rounds=rounds, iterations=calls)
         row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
@@ -87,7 +87,7 @@ def measure(benchmark, pytestconfig, roofs):
                 row |= {"tflop_per_s": flops / median / 1e12, "gb_per_s": moved / median / 1e9}
                 row["roof_share"] = roofs.floor_seconds(dtype, flops, moved) / median
             pytestconfig.stash[ROWS].append(row)
-        row |= {"peak_bytes": peak_bytes(step), "launches": kernel_launches(step)} if not once else {}
+        row |= {"peak_bytes": peak_bytes(step), "launches": kernel_launches(step)} if profiled else {}
         benchmark.extra_info.update(row)
         benchmark.extra_info["roofs"] = {"bytes_per_second": roofs.bytes_per_second, **roofs.flop_per_second}
         return benchmark.extra_info

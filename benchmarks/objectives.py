@@ -210,26 +210,37 @@ def contestants(operation: str, dtype: str) -> list[str]:
     return names
 
 
-@functools.cache
-def work(operation: str, shape: Shape, dtype: str) -> dict[str, tuple[int, int]]:
-    """FLOP of matrix products and bytes that forward, and forward with backward, cannot do without.
+class Right(NamedTuple):
+    """What the reference does in one case."""
 
-    The bytes: inputs read once, results and gradients written once; what a back end writes to read it again comes on
-    top, and is no part of the roof.
-    """
-    contestant = Contestant("reference", operation, Problem(shape, dtype))
-    arguments = OPERATIONS[operation].arguments(contestant.problem)
-    inputs = _tensors(arguments)
+    gradients: list[Tensor]
+    work: dict[str, tuple[int, int]]
+    """FLOP of matrix products and bytes that forward, and forward with backward, cannot do without. The bytes: inputs
+    read once, results and gradients written once; what is written to be read again comes on top, and is in no roof."""
+
+
+@functools.lru_cache(maxsize=1)
+def problem(shape: Shape, dtype: str) -> Problem:
+    """The case's inputs, kept while one contestant after another takes them."""
+    return Problem(shape, dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def right(operation: str, shape: Shape, dtype: str) -> Right:
+    contestant = Contestant("reference", operation, problem(shape, dtype))
+    inputs = _tensors(OPERATIONS[operation].arguments(contestant.problem))
     with FlopCounterMode(display=False) as forward:
         outputs = contestant.forward()
     with FlopCounterMode(display=False) as both:
         contestant.step()
+    gradients = contestant.gradients()
     moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
-    gradients = sum(tensor.nbytes for tensor in contestant.gradients())
-    return {
+    back = sum(gradient.nbytes for gradient in gradients)
+    work = {
         "forward": (forward.get_total_flops(), moved),
-        "forward+backward": (both.get_total_flops(), moved + gradients),
+        "forward+backward": (both.get_total_flops(), moved + back),
     }
+    return Right(gradients, work)
 
 
 def _tensors(arguments) -> list[Tensor]:
@@ -240,11 +251,8 @@ def _tensors(arguments) -> list[Tensor]:
     return [t for a in arguments for t in _tensors(a)] if isinstance(arguments, list | tuple) else []
 
 
-def check(contestant: Contestant, operation: str) -> None:
+def check(contestant: Contestant, expected: list[Tensor]) -> None:
     """The gradients are the reference's: no figure of a wrong result."""
-    right = Contestant("reference", operation, contestant.problem)
-    right.step()
-    expected = right.gradients()
     contestant.step()
     for ours, theirs in zip(contestant.gradients(), expected, strict=True):
         error = (ours.float() - theirs.float()).norm() / theirs.float().norm()

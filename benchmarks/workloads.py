@@ -169,7 +169,7 @@ def batches(workload: Workload, padding: str = "longest") -> Batches:
     """The workload's batches of 32 in its own order, made anew at each iteration as in training."""
     return Batches(
         workload.tokens, BATCH_SIZE, workload.tokenizer.pad_token_id, shuffle=False, padding=padding,
-        max_length=MAX_LENGTH, group_by_length=False,
+        max_length=MAX_LENGTH, group_by_length=False, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 
