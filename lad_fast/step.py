@@ -5,6 +5,7 @@ batch ─┬─ student ──────────────────�
        └─ teacher, or its kept output ┘
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -99,6 +100,8 @@ class DistillStep:
         self.teacher_cache = teacher_cache
         if teacher is not None:
             teacher.eval()
+            if precision in HALF:
+                self.teacher = with_half_linears(teacher, getattr(torch, precision))
         self.uses_hidden_states = isinstance(objective, LADObjective)
         self.gates = objective.gates if self.uses_hidden_states else None
         self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
@@ -247,6 +250,20 @@ def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+
+
+def with_half_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A frozen model whose linear layers are kept in ``dtype``; all other tensors are shared with ``model``.
+
+    Under autocast it gives the same numbers, and no weight is cast again at every step.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return twin
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:

@@ -341,6 +341,20 @@ def test_projections_are_trained_with_the_student():
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_teacher_kept_in_half_gives_what_autocast_gives(precision):
+    step, data = make_step(precision=precision), batches(8, 8)[0]
+    original = make_step().teacher
+    inputs = step.prepare(data).inputs
+    with step.autocast(), torch.no_grad():
+        (logits, states), right = step._run_teacher(inputs), original(**inputs, output_hidden_states=True)
+    assert torch.equal(logits, right.logits.float())
+    assert all(torch.equal(a, b) for a, b in zip(states, right.hidden_states[1:], strict=True))
+    kept = {parameter.dtype for parameter in step.teacher.parameters()}
+    assert kept == {torch.float32, getattr(torch, precision)}
+    assert step.teacher.bert.embeddings.word_embeddings.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_follows_float32(precision):
     data = batches(24, 8)
     exact, rough = make_step(), make_step(precision=precision)
