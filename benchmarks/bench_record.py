@@ -47,18 +47,26 @@ def replace_between(path: Path, markers: tuple[str, str], content: str) -> None:
     path.write_text(f"{text[:begin]}\n{content}\n{text[end:]}", encoding="utf-8")
 
 
-def compact(report: dict) -> dict:
-    """pytest-benchmark's JSON as a result file: where and with what it ran, the roofs, and a row a benchmark."""
+def facts() -> dict:
+    """Where and with what the suite runs; it goes into pytest-benchmark's report."""
     import torch
 
+    return {
+        "machine": machine(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+    }
+
+
+def compact(report: dict) -> dict:
+    """pytest-benchmark's JSON as a result file: where and with what it ran, the roofs, and a row a benchmark."""
     found = [benchmark["extra_info"] for benchmark in report["benchmarks"] if "median_s" in benchmark["extra_info"]]
     commit = report["commit_info"]
     return {
-        "machine": machine(),
-        "device": found[0]["device"],
-        "threads": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        **report["machine_info"]["lad_fast"],
         "commit": commit["id"][:12] + (" with changes" if commit["dirty"] else ""),
         "date": report["datetime"][:10],
         "roofs": _rounded(found[0]["roofs"]),
@@ -92,8 +100,8 @@ def readme_part(results: list[dict]) -> str:
 def section(result: dict) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
     roofs = dict(result["roofs"])
-    copy = f"copies {roofs.pop('bytes_per_second') / 1e9:.3g} GB/s"
-    products = ", ".join(f"multiplies {rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in roofs.items())
+    copy = f"{roofs.pop('bytes_per_second') / 1e9:.3g} GB/s"
+    products = " and ".join(f"{rate / 1e12:.3g} TFLOP/s ({name})" for name, rate in roofs.items())
     slopes = [
         f"{row['contestant']} {row['time_slope']:.2f} in time and {row['kept_slope']:.2f} in memory by {row['axis']}"
         for row in result["rows"]
@@ -102,8 +110,8 @@ def section(result: dict) -> str:
     starts = [f"{row['median_s']:.1f} s" for row in result["rows"] if row["table"] == "start"]
     parts = [
         f"### {result['machine']}",
-        f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}. The machine {copy} and "
-        f"{products}. Medians; ratios are of one run.",
+        f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}; load average before "
+        f"the run {result['load_at_start']:.1f}. Roofs measured in the run: copies {copy}, products {products}.",
         _table(result, "step", STEP),
         _table(result, "epoch", EPOCH),
         _table(result, "objective", OBJECTIVE, lambda row: row["passes"] == "forward+backward"),

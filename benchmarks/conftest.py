@@ -10,11 +10,13 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
 
+import bench_record
 from measuring import DEVICE, Roofs, clock, kernel_launches, measure_roofs, peak_bytes, pin_threads, plan_rounds
 
 from lad_fast.report import format_table
 
 ROWS = pytest.StashKey[list[dict]]()
+FACTS = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # the table below has what its own has, side by side with the baseline
     pin_threads()
+    config.stash[FACTS] = bench_record.facts()  # the load before this run adds its own
     torch.set_float32_matmul_precision("highest")  # float32 is float32, not TF32, for every contestant
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["lad_fast"] = config.stash[FACTS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,10 +93,11 @@ def measure(benchmark, pytestconfig, roofs):
                 row |= {"flops": flops, "moved_bytes": moved}
                 row |= {"tflop_per_s": flops / median / 1e12, "gb_per_s": moved / median / 1e9}
                 row["roof_share"] = roofs.floor_seconds(dtype, flops, moved) / median
-            pytestconfig.stash[ROWS].append(row)
         row |= {"peak_bytes": peak_bytes(step), "launches": kernel_launches(step)} if profiled else {}
         benchmark.extra_info.update(row)
         benchmark.extra_info["roofs"] = {"bytes_per_second": roofs.bytes_per_second, **roofs.flop_per_second}
+        if "median_s" in row:
+            pytestconfig.stash[ROWS].append(benchmark.extra_info)  # the caller may add to it
         return benchmark.extra_info
 
     return run
@@ -108,6 +116,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         "GB/s": lambda r: f"{r['gb_per_s']:.3g}",
         "TFLOP/s": lambda r: f"{r['tflop_per_s']:.3g}",
         "of roof": lambda r: f"{r['roof_share']:.0%}",
+        "of model FLOPs": lambda r: f"{r['model_flops_utilisation']:.0%}",
+        "epoch": lambda r: f"{r['epoch_seconds_scaled_from_sample_total']:.4g} s",
+        "time slope": lambda r: f"{r['time_slope']:.2f}",
+        "memory slope": lambda r: f"{r['kept_slope']:.2f}",
         "kernels": lambda r: str(int(r["launches"])),
     }
 

@@ -19,6 +19,7 @@ REPORT = {
     "benchmarks": [{"extra_info": ROW}, {"extra_info": {}}],
     "commit_info": {"id": "0123456789abcdef", "dirty": True},
     "datetime": "2026-01-02T03:04:05",
+    "machine_info": {"lad_fast": bench_record.facts()},
 }
 
 
