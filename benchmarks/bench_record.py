@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 MARKERS = ("<!-- bench: begin -->", "<!-- bench: end -->")
+PERFORMANCE = ROOT / "docs/performance.md"
+ENGINE_MARKERS = ("<!-- engine: begin -->", "<!-- engine: end -->")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers")
 
 
@@ -107,7 +109,7 @@ def section(result: dict) -> str:
         for row in result["rows"]
         if row["table"] == "scaling"
     ]
-    starts = [f"{row['median_s']:.1f} s" for row in result["rows"] if row["table"] == "start"]
+    starts = [f"{row['case']}: {_seconds(row['median_s'])}" for row in result["rows"] if row["table"] == "start"]
     parts = [
         f"### {result['machine']}",
         f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}; load average before "
@@ -116,8 +118,9 @@ def section(result: dict) -> str:
         _table(result, "epoch", EPOCH),
         _table(result, "objective", OBJECTIVE, lambda row: row["passes"] == "forward+backward"),
         _phases(result),
-        f"Exponents of growth of the objective, forward and backward: {'; '.join(slopes)}." if slopes else "",
-        f"From a fresh process to the end of its first step: {starts[0]}." if starts else "",
+        f"Exponents of growth (the objective's forward and backward; an epoch with a cached teacher): "
+        f"{'; '.join(slopes)}." if slopes else "",
+        f"Wall time of fresh processes, imports included: {'; '.join(starts)}." if starts else "",
     ]
     figure = result["file"].with_suffix(".png")
     if figure.is_file():
@@ -146,6 +149,25 @@ OBJECTIVE = {
     "kept for backward": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB",
     "of roof": lambda row: f"{row['roof_share']:.0%}",
 }
+
+
+ENGINE = {
+    "option": lambda row: row["contestant"],
+    "precision": lambda row: row["dtype"],
+    "a step": lambda row: _seconds(row["median_s"] / row["steps"]),
+    "against the first row": lambda row: f"{row['ratio']:.2f}x",
+}
+
+
+def engine_part(results: list[dict]) -> str:
+    """The part of docs/performance.md between the markers: what each option of the training step gave."""
+    found = [(result, row) for result in results for row in result["rows"] if row["table"] == "engine"]
+    parts = []
+    for case in dict.fromkeys((result["machine"], row["case"]) for result, row in found):
+        result = next(result for result, row in found if (result["machine"], row["case"]) == case)
+        parts.append(f"{result['machine']}, torch {result['versions']['torch']}; {case[1]}:")
+        parts.append(_table(result, "engine", ENGINE))
+    return "\n\n".join(parts)
 
 
 def _seconds(value: float) -> str:
@@ -177,26 +199,38 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Step times as bars; the objective's time and kept memory against tokens."""
+    """Step times as bars; the objective's time and kept memory against tokens; growth with layers and examples."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    bars, time, memory = figure.subplots(1, 3)
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    bars, time, memory, growth = figure.subplots(1, 4)
     steps = [row for row in result["rows"] if row["table"] == "step"]
     bars.barh([row["contestant"] for row in steps], [1e3 * row["median_s"] for row in steps])
     bars.invert_yaxis()
     bars.set_xlabel("milliseconds")
-    bars.set_title(steps[0]["case"] if steps else "")
-    for row in result["rows"]:
-        if row["table"] == "scaling" and row["axis"] == "tokens":
-            tokens = [point["tokens"] for point in row["points"]]
-            time.loglog(tokens, [1e3 * p["seconds"] for p in row["points"]], "o-", label=row["contestant"])
-            memory.loglog(tokens, [p["kept_bytes"] / 1e6 for p in row["points"]], "o-", label=row["contestant"])
-    for panel, title in ((time, "objective, milliseconds"), (memory, "kept for backward, MB")):
-        panel.set(xlabel="tokens", title=title)
+    bars.set_title(steps[0]["case"] if steps else "", fontsize="small")
+    for row in (row for row in result["rows"] if row["table"] == "scaling"):
+        sizes = [point[row["axis"]] for point in row["points"]]
+        seconds, kept = ([point[name] for point in row["points"]] for name in ("seconds", "kept_bytes"))
+        if row["axis"] == "tokens":
+            time.loglog(sizes, [1e3 * value for value in seconds], "o-", label=row["contestant"])
+            memory.loglog(sizes, [value / 1e6 for value in kept], "o-", label=row["contestant"])
+        else:
+            label = f"{row['contestant']}, {row['axis']}"
+            relative = [value / seconds[0] for value in seconds]
+            growth.plot([size / sizes[0] for size in sizes], relative, "o-", label=label)
+    growth.plot([1, 4], [1, 4], "k:", label="proportional")
+    panels = (
+        (time, "tokens", "objective, milliseconds"),
+        (memory, "tokens", "objective, kept for backward, MB"),
+        (growth, "size, of the smallest", "time, of the smallest"),
+    )
+    for panel, label, title in panels:
+        panel.set_xlabel(label)
+        panel.set_title(title)
         panel.grid(alpha=0.3, which="both")
         if panel.lines:
-            panel.legend()
+            panel.legend(fontsize="small")
     figure.suptitle(result["machine"])
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -237,7 +271,9 @@ def write_result(result: dict, path: Path) -> None:
 
 
 def write_readme() -> None:
-    replace_between(README, MARKERS, readme_part(load_results()))
+    results = load_results()
+    replace_between(README, MARKERS, readme_part(results))
+    replace_between(PERFORMANCE, ENGINE_MARKERS, engine_part(results))
 
 
 def main() -> int:

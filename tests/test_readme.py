@@ -19,6 +19,12 @@ def test_bench_tables_are_the_result_files():
     assert bench_record.between(README, bench_record.MARKERS) == expected.strip()
 
 
+def test_the_engine_table_is_the_result_files():
+    text = bench_record.PERFORMANCE.read_text(encoding="utf-8")
+    expected = bench_record.engine_part(bench_record.load_results())
+    assert bench_record.between(text, bench_record.ENGINE_MARKERS) == expected.strip()
+
+
 def test_the_example_runs():
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     names = {}
