@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +52,14 @@ def facts() -> dict:
     """Where and with what the suite runs; it goes into pytest-benchmark's report."""
     import torch
 
+    from lad_fast.doctor import installed_version
+
     return {
         "machine": machine(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "versions": {name: installed_version(name) for name in PACKAGES} | {"torch": torch.__version__},
     }
 
 
@@ -112,8 +112,8 @@ def section(result: dict) -> str:
     starts = [f"{row['case']}: {_seconds(row['median_s'])}" for row in result["rows"] if row["table"] == "start"]
     parts = [
         f"### {result['machine']}",
-        f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}; load average before "
-        f"the run {result['load_at_start']:.1f}. Roofs measured in the run: copies {copy}, products {products}.",
+        f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}. Roofs measured in the "
+        f"run: copies {copy}, products {products}. {_disturbance(result)}",
         _table(result, "step", STEP),
         _table(result, "epoch", EPOCH),
         _table(result, "objective", OBJECTIVE, lambda row: row["passes"] == "forward+backward"),
@@ -126,6 +126,14 @@ def section(result: dict) -> str:
     if figure.is_file():
         parts.append(f"![Time and memory]({figure.relative_to(ROOT)})")
     return "\n\n".join(part for part in parts if part)
+
+
+def _disturbance(result: dict) -> str:
+    shares = [row["other_jobs"] for row in result["rows"] if "other_jobs" in row]
+    if not shares:
+        return ""
+    disturbed = sum(share >= 0.1 for share in shares)
+    return f"Other jobs took a tenth of the processors or more while {disturbed} of {len(shares)} rows were timed."
 
 
 STEP = {

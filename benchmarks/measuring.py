@@ -126,6 +126,34 @@ def kernel_launches(function: Callable[[], object]) -> int | None:
     return sum(not name.startswith(("Memcpy", "Memset")) for name in kernels)
 
 
+class OtherJobs:
+    """Share of the processors that others took since this was made, the host's other guests included.
+
+    Threads that wait for each other suffer out of proportion: a quarter taken can make a step several times slower.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._seconds()
+
+    def share(self) -> float | None:
+        """0 to 1; None where the system does not tell."""
+        if self.start is None:
+            return None
+        wall, others = (now - then for now, then in zip(self._seconds(), self.start, strict=True))
+        return max(0.0, others / (wall * os.cpu_count()))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float] | None:
+        """Now, and processor seconds of all others, from the kernel's counters of ticks."""
+        try:
+            with open("/proc/stat", encoding="ascii") as file:
+                user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - sum(os.times()[:4])  # own, and of children that ended
+
+
 def available_bytes() -> int:
     """Memory that a case may take on the device."""
     if DEVICE.type == "cuda":

@@ -16,7 +16,9 @@ from workloads import our_backend
 
 from lad_fast import GateStack, LADObjective, fused_aggregate, fused_distill_loss, fused_hidden_loss, reference
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # norm of a gradient's difference: another order of sums; rounding
+# Norm of the difference of two gradients over the norm of one. float32: another order of sums. bfloat16: both round
+# every intermediate along the chain, each to about a fortieth; a wrong gradient is off by its own size.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)

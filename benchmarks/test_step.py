@@ -114,7 +114,7 @@ def test_padded(measure, roofs, size, name):
 def test_epoch(measure, roofs, full, size, task, name):
     takes_part(name)
     whole = workload(task)
-    examples, epoch_steps = sample(whole, 40 if full else 20 if ON_GPU else 6)
+    examples, epoch_steps = sample(whole, 40 if full else 20 if ON_GPU else 5)
     num_batches = len(examples.tokens) // BATCH_SIZE
     runner = make(name, size, examples, "longest", mask_padding=True)
     is_cached = name.endswith(CACHED)
@@ -157,12 +157,12 @@ def test_first_step(measure):
 
     def start() -> None:
         code = FIRST_STEP.format(folder=str(Path(__file__).parent))
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "stepped\n"
 
     measure(
         start, table="start", case="process to end of first step", contestant="ours, float32",
-        rounds=2 if ON_GPU else 3, profiled=False,
+        rounds=2, profiled=False,
     )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """The bench command, and the files that the suite's report becomes."""
 
 import json
+import os
+import time
 
 import bench_record
 import pytest
 import torch
-from measuring import kept_bytes
+from measuring import OtherJobs, kept_bytes
 from workloads import BATCH_SIZE, batches, made_up, sample
 
 from lad_fast import cli
@@ -13,7 +15,7 @@ from lad_fast import cli
 ROW = {
     "table": "objective", "case": "forward+backward, T 480", "contestant": "torch", "device": "cpu",
     "passes": "forward+backward", "median_s": 0.123456789, "ratio": 2.0, "kept_bytes": 10**7, "roof_share": 0.5,
-    "peak_bytes": None, "roofs": {"bytes_per_second": 1e10, "float32": 1e12},
+    "peak_bytes": None, "other_jobs": 0.5, "roofs": {"bytes_per_second": 1e10, "float32": 1e12},
 }  # fmt: skip
 REPORT = {
     "benchmarks": [{"extra_info": ROW}, {"extra_info": {}}],
@@ -58,6 +60,7 @@ def test_readme_part_has_a_section_a_file_and_says_where_no_gpu_was_measured(tmp
     part = bench_record.readme_part(bench_record.load_results(tmp_path))
     assert f"### {content['machine']}" in part
     assert "| forward+backward, T 480 | torch | 124 ms | 2.00x | 10 MB | 50% |" in part
+    assert "while 1 of 1 rows were timed" in part
     assert "No figure has been measured on a GPU" in part
     (tmp_path / "gpu.json").write_text(json.dumps(content | {"device": "cuda"}))
     assert "No figure" not in bench_record.readme_part(bench_record.load_results(tmp_path))
@@ -79,6 +82,15 @@ def test_kept_bytes_leaves_out_inputs_and_counts_a_storage_once():
 
     assert kept_bytes(forward, [x]) == 8 * 8 * 4 + 4
     assert kept_bytes(lambda: x * x, [x]) == 0
+
+
+def test_own_work_is_not_counted_as_other_jobs():
+    others = OtherJobs()
+    started = time.perf_counter()
+    while time.perf_counter() - started < 0.3:
+        pass
+    share = others.share()
+    assert share is None or 0 <= share <= (os.cpu_count() - 1) / os.cpu_count() + 0.1
 
 
 @pytest.mark.parametrize("task", ("sst2", "mrpc"))
