@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -101,7 +102,7 @@ OPERATIONS = {
         lambda p, backend: fused_aggregate(p.teacher, p.gates, p.objective.layers, backend=backend),
         reference.aggregate,
         lambda p: (p.teacher, p.gates, p.objective.layers),
-        lambda p: tuple(published_aggregate(p.teacher, p.highway)[i] for i in p.objective.layers),
+        lambda p: operator.itemgetter(*p.objective.layers)(published_aggregate(p.teacher, p.highway)),
         lambda p, published: p.gate_leaves(published),
     ),
     "hidden loss": Operation(
@@ -126,7 +127,7 @@ OPERATIONS = {
         ),
         reference.lad_loss,
         lambda p: (p.student, p.teacher, p.logits, p.teacher_logits, p.labels, p.gates, p.objective.layers),
-        None,  # not one loss to differentiate: see published_step
+        None,  # sends its losses backward itself: see Contestant
         lambda p, published: [*([leaf] for leaf in (*p.student, p.logits)), *p.gate_leaves(published)],
     ),
 }
