@@ -1,10 +1,11 @@
 """The bench command, and the files that the suite's report becomes."""
 
+import io
 import json
 import os
-import time
 
 import bench_record
+import measuring
 import pytest
 import torch
 from measuring import OtherJobs, kept_bytes
@@ -86,13 +87,22 @@ def test_kept_bytes_leaves_out_inputs_and_counts_a_storage_once():
     assert kept_bytes(lambda: x * x, [x]) == 0
 
 
-def test_own_work_is_not_counted_as_other_jobs():
-    others, started, own = OtherJobs(), time.perf_counter(), time.process_time()
-    while time.perf_counter() - started < 0.5:
-        pass
-    own = (time.process_time() - own) / (time.perf_counter() - started) / os.cpu_count()
-    share = others.share()
-    assert share is None or 0 <= share <= 1.1 - own  # ticks are a hundredth of a second
+def test_own_work_is_not_counted_as_other_jobs(monkeypatch):
+    """The kernel's counters grew by 7 s while 5 s passed and this process used 3 of them: others took 4."""
+    ticks, now, own = [], [100.0], [3.0]
+
+    def counters(*_, **__):
+        user = 1000 * os.sysconf("SC_CLK_TCK") + ticks[-1] * os.sysconf("SC_CLK_TCK")
+        return io.StringIO(f"cpu {user} 0 0 99999 5 0 0 0 0 0\n")
+
+    monkeypatch.setattr("builtins.open", counters)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measuring.os, "times", lambda: (own[0], 0.0, 0.0, 0.0, 0.0))
+    ticks.append(0)
+    others = OtherJobs()
+    ticks.append(7)
+    now[0], own[0] = 105.0, 6.0
+    assert others.share() == pytest.approx(4 / (5 * os.cpu_count()))
 
 
 @pytest.mark.parametrize("task", ("sst2", "mrpc"))
