@@ -537,12 +537,12 @@ _MERGE_ROWS = 32
 
 def aggregate_forward(
     hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Launch n gates; see :func:`lad_fast.kernels.ops.aggregate_forward`."""
     plan = _Plan(hidden[0], weight, norm_weight, row_mask, cu_seqlens, seq_len)
     num_gates, state = len(weight), hidden[0]
     aggregates = state.new_empty((num_gates, *state.shape))
-    gates = torch.empty_like(aggregates) if keep_gates else state.new_empty(0)
+    gates = [torch.empty_like(state) for _ in range(num_gates if keep_gates else 0)]
     groups = plan.num_tokens if plan.per_token else plan.examples
     mean = state.new_empty((num_gates, groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)

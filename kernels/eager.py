@@ -30,9 +30,8 @@ def _gate(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of two tensors of one dtype."""
-    if linear := lc.onednn_linear(a):
-        return linear(a, b.T, None, "none", [], "")
-    return a @ b
+    linear = lc.onednn_linear(a) if a.dtype == torch.float32 else None  # half types: ``@`` goes to oneDNN, and faster
+    return linear(a, b.T, None, "none", [], "") if linear else a @ b
 
 
 def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weight, norm_bias, eps: float):
@@ -51,20 +50,21 @@ def _affine(norm_weight: Tensor) -> Tensor:
 def _forward(
     hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates,
     visit: Callable[[int, Block, Tensor], None],
-) -> Tensor:  # fmt: skip
-    """Run n gates; returns their values (n, T, D), empty where not kept. ``visit`` gets each position of the chain
-    (0: its start), a block and the aggregate's rows there."""
+) -> list[Tensor]:  # fmt: skip
+    """Run n gates; returns their values, n tensors (T, D), or none where not kept. ``visit`` gets each position of
+    the chain (0: its start), a block and the aggregate's rows there."""
     per_token = norm_weight.dim() == 2
     norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
     num_gates = len(weight)
-    gates = weight.new_empty((num_gates, *hidden[0].shape) if keep_gates else 0)
+    # One tensor a gate: a single one is so large that the allocator would return it to the system after each step.
+    gates = [weight.new_empty(hidden[0].shape) for _ in range(num_gates if keep_gates else 0)]
     for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
         state = hidden[0][block.rows].to(norm_weight.dtype)
         visit(0, block, state)
         for i in range(num_gates):
             gate = _gate(state, weight[i], bias[i])
             if keep_gates:
-                gates[i, block.rows] = gate
+                gates[i][block.rows] = gate
             _, state, _ = _step(block, state, hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
             visit(i + 1, block, state)
     return gates
@@ -94,7 +94,7 @@ def _backward(
     for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
         states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
         for i in range(top):
-            gate = gates[i, block.rows]
+            gate = gates[i][block.rows]
             blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
             states.append(state)
             steps.append((blend, statistics))
@@ -103,7 +103,7 @@ def _backward(
         for i in reversed(range(top)):
             state, (blend, statistics) = states.pop(), steps.pop()
             if need_hidden or need_parameters:
-                gate = gates[i, block.rows].to(blend.dtype)
+                gate = gates[i][block.rows].to(blend.dtype)
                 grad_blend = block.norm.backward(
                     carry, blend, statistics, norm_weight[i], norm_bias[i], *affine_grads[i]
                 )
@@ -126,7 +126,7 @@ def _backward(
 
 def aggregate_forward(
     hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Aggregates (n, T, D) and gates; see :func:`lad_fast.kernels.ops.aggregate_forward`."""
     aggregates = hidden[0].new_empty((len(weight), *hidden[0].shape))
 
@@ -163,7 +163,7 @@ def aggregate_backward(
 def chain_loss_forward(
     hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
     keep_gates,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Losses (K,), the gradient's factor and gates; see :func:`lad_fast.kernels.ops.chain_loss_forward`."""
     sums = [[] for _ in student]
 

@@ -35,9 +35,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _new_gates(state: Tensor, weight: Tensor, keep_gates: bool, backend: str) -> Tensor:
+def _new_gates(state: Tensor, weight: Tensor, keep_gates: bool, backend: str) -> list[Tensor]:
     dtype = weight.dtype if backend == "torch" else state.dtype
-    return state.new_empty((len(weight), *state.shape) if keep_gates else 0, dtype=dtype)
+    return [torch.empty_like(state, dtype=dtype) for _ in range(len(weight) if keep_gates else 0)]
 
 
 def _new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def aggregate_forward(
     eps: float,
     keep_gates: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Run n gates.
 
     Args:
@@ -83,7 +83,7 @@ def aggregate_forward(
         keep_gates: whether a backward follows.
 
     Returns:
-        aggregates (n, T, D), gates (n, T, D) or empty, mean and rstd (n, groups). "torch" keeps gates in the
+        aggregates (n, T, D), n gates (T, D) or none, mean and rstd (n, groups). "torch" keeps gates in the
         products' dtype and no statistics: (n, 0).
     """
     chain = (hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates)
@@ -112,7 +112,7 @@ def aggregate_backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     aggregates: Tensor | None,
-    gates: Tensor,
+    gates: list[Tensor],
     mean: Tensor,
     rstd: Tensor,
     row_mask: Tensor | None,
@@ -176,16 +176,17 @@ class _Aggregate(torch.autograd.Function):
         ctx.wanted, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = wanted, seq_len, eps, matmul_dtype, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            row_mask, cu_seqlens, weight, norm_weight, norm_bias, None if backend == "torch" else aggregates, gates,
-            mean, rstd, *hidden,
+            row_mask, cu_seqlens, weight, norm_weight, norm_bias, None if backend == "torch" else aggregates, mean,
+            rstd, *hidden, *gates,
         )  # fmt: skip
         return tuple(aggregates[i] for i in wanted)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *hidden = ctx.saved_tensors
+        row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, mean, rstd, *states = ctx.saved_tensors
         needs_parameters, needs_hidden = ctx.needs_input_grad[8:12], ctx.needs_input_grad[12:]
+        hidden, gates = states[: len(needs_hidden)], states[len(needs_hidden) :]
         nothing = (None,) * 8
         if all(grad is None for grad in grad_outputs):
             return *nothing, *(None,) * (4 + len(hidden))
@@ -245,7 +246,7 @@ def chain_loss_forward(
     loss_weight: float,
     keep_gates: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     """Run n gates and compare K student states with aggregates: :func:`aggregate_forward` and
     :func:`hidden_loss_forward` in one, so that no aggregate need outlive its use.
 
@@ -254,7 +255,7 @@ def chain_loss_forward(
         targets: for each, its position along the chain, from 0 (the chain's start) to n; distinct, n among them.
 
     Returns:
-        losses (K,), the factor (scalar) that the gradient needs, gates (n, T, D) or empty; aggregates, mean and rstd
+        losses (K,), the factor (scalar) that the gradient needs, n gates (T, D) or none; aggregates, mean and rstd
         as :func:`aggregate_forward` returns them, aggregates empty for "torch".
     """
     chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
@@ -299,7 +300,7 @@ def chain_loss_backward(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    gates: Tensor,
+    gates: list[Tensor],
     aggregates: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -358,21 +359,22 @@ class _ChainLoss(torch.autograd.Function):
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
-        losses, factor, *kept = chain_loss_forward(
+        losses, factor, gates, *kept = chain_loss_forward(
             hidden, student, targets, weight.to(matmul_dtype), bias, norm_weight, norm_bias, row_mask, cu_seqlens,
             seq_len, eps, loss_weight, keep_gates, backend,
         )  # fmt: skip
         ctx.targets, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = targets, seq_len, eps, matmul_dtype, backend
-        ctx.save_for_backward(row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *kept, *states)
+        ctx.save_for_backward(row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *kept, *states, *gates)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *rest = ctx.saved_tensors
-        (gates, aggregates, mean, rstd), states = rest[:4], rest[4:]
-        num_layers = len(ctx.targets)
         needs_parameters, needs_states = ctx.needs_input_grad[9:13], ctx.needs_input_grad[13:]
+        (aggregates, mean, rstd), rest = rest[:3], rest[3:]
+        states, gates = rest[: len(needs_states)], rest[len(needs_states) :]
+        num_layers = len(ctx.targets)
         needs_student, needs_hidden = needs_states[:num_layers], needs_states[num_layers:]
         grad_student, grad_hidden, *grad_parameters = chain_loss_backward(
             grad, factor, states[num_layers:], states[:num_layers], ctx.targets, weight.to(ctx.matmul_dtype),
