@@ -19,19 +19,23 @@ from torch import Tensor
 from lad_fast.kernels import launch as lc
 from lad_fast.kernels.blocks import Block, blocks
 
-
-def _gate(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``sigmoid(state @ weight.T + bias)`` in weight's dtype."""
-    state, bias = state.to(weight.dtype), bias.to(weight.dtype)
-    if linear := lc.onednn_linear(weight):
-        return linear(state, weight, bias, "sigmoid", [], "")
-    return F.linear(state, weight, bias).sigmoid_()
+aten = torch.ops.aten
+SUM = 2  # ATen's number for reduction="sum"
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of two tensors of one dtype."""
-    linear = lc.onednn_linear(a) if a.dtype == torch.float32 else None  # half types: ``@`` goes to oneDNN, and faster
-    return linear(a, b.T, None, "none", [], "") if linear else a @ b
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """``x @ weight.T + bias``, and its sigmoid if wanted, of tensors of one dtype."""
+    if linear := lc.onednn_linear(x):
+        return linear(x, weight, bias, activation, [], "")
+    product = F.linear(x, weight, bias)
+    return product.sigmoid_() if activation == "sigmoid" else product
+
+
+def _weight_gradient(grad: Tensor, state: Tensor) -> Tensor:
+    """``grad.T @ state`` of two tensors of one dtype."""
+    if state.dtype == torch.float32:  # half types: ``@`` goes to oneDNN too, and reads both as they lie
+        return _linear(grad.T, state.T)
+    return grad.T @ state
 
 
 def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weight, norm_bias, eps: float):
@@ -40,6 +44,12 @@ def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weig
     blend = block.zero_padding_(torch.lerp(previous, layer[block.rows].to(dtype), gate.to(dtype)))
     state, statistics = block.norm.forward(blend, norm_weight, norm_bias, eps)
     return blend, block.zero_padding_(state), statistics
+
+
+def _compared(student: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """A block's rows of a student's state, zero where an aggregate is: at padding."""
+    rows = student[block.rows].to(dtype)
+    return rows if block.padding is None else rows.masked_fill(block.padding, 0)
 
 
 def _affine(norm_weight: Tensor) -> Tensor:
@@ -56,16 +66,20 @@ def _forward(
     per_token = norm_weight.dim() == 2
     norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
     num_gates = len(weight)
+    weights = [lc.laid_out_for(len(hidden[0]), gate_weight) for gate_weight in weight]
+    parameters = list(zip(weights, bias.to(weight.dtype), norm_weight, norm_bias, strict=True))  # views once
     # One tensor a gate: a single one is so large that the allocator would return it to the system after each step.
     gates = [weight.new_empty(hidden[0].shape) for _ in range(num_gates if keep_gates else 0)]
     for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
         state = hidden[0][block.rows].to(norm_weight.dtype)
         visit(0, block, state)
-        for i in range(num_gates):
-            gate = _gate(state, weight[i], bias[i])
-            if keep_gates:
+        for i, (gate_weight, gate_bias, *affine) in enumerate(parameters):
+            gate = _linear(state.to(weight.dtype), gate_weight, gate_bias, "sigmoid")
+            if keep_gates and len(gate) == len(gates[i]):
+                gates[i] = gate
+            elif keep_gates:
                 gates[i][block.rows] = gate
-            _, state, _ = _step(block, state, hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
+            _, state, _ = _step(block, state, hidden[i + 1], gate, *affine, eps)
             visit(i + 1, block, state)
     return gates
 
@@ -81,43 +95,46 @@ def _backward(
     position, which may be the tensor it got.
     """
     num_gates, per_token = len(weight), norm_weight.dim() == 2
-    # Zeros, not empty: blocks add up, and gates above ``top`` are never reached.
-    grad_hidden = hidden[0].new_zeros((num_gates + 1, *hidden[0].shape) if need_hidden else 0)
-    grad_weight, grad_bias, grad_norm_weight, grad_norm_bias = (
-        norm_weight.new_zeros(shape if need_parameters else 0)
-        for shape in (weight.shape, weight.shape[:2], norm_weight.shape, norm_weight.shape)
+    # The first block writes and the others add. Gates above ``top`` are never reached, nor are an affine's last rows.
+    grad_hidden = hidden[0].new_empty((num_gates + 1, *hidden[0].shape) if need_hidden else 0)
+    grad_weight, grad_bias = (
+        norm_weight.new_empty(shape if need_parameters else 0) for shape in (weight.shape, weight.shape[:2])
     )
-    norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
+    shape = norm_weight.shape if need_parameters else 0
+    grad_norm_weight, grad_norm_bias = norm_weight.new_zeros(shape), norm_weight.new_zeros(shape)
+    for grad in (grad_hidden[1:], grad_weight, grad_bias):
+        grad[top:].zero_()
+    weights = [lc.laid_out_for(len(hidden[0]), gate_weight.T) for gate_weight in weight]
+    parameters = list(zip(weights, _affine(norm_weight), _affine(norm_bias), strict=True))  # views once
     affine_grads = [(None, None)] * num_gates
     if need_parameters:
         affine_grads = list(zip(_affine(grad_norm_weight), _affine(grad_norm_bias), strict=True))
-    for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
+    for block in blocks(hidden[0], parameters[0][1], row_mask, cu_seqlens, seq_len, per_token):
         states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
         for i in range(top):
-            gate = gates[i][block.rows]
-            blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, norm_weight[i], norm_bias[i], eps)
+            gate = gates[i][block.rows].to(states[0].dtype)
+            blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
             states.append(state)
-            steps.append((blend, statistics))
+            steps.append((gate, blend, statistics))
 
         carry = add_gradient(top, block, states.pop(), None)
         for i in reversed(range(top)):
-            state, (blend, statistics) = states.pop(), steps.pop()
+            state, (gate, blend, statistics) = states.pop(), steps.pop()
+            transposed, *affine = parameters[i]
             if need_hidden or need_parameters:
-                gate = gates[i][block.rows].to(blend.dtype)
-                grad_blend = block.norm.backward(
-                    carry, blend, statistics, norm_weight[i], norm_bias[i], *affine_grads[i]
-                )
+                grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
                 if need_hidden:
                     grad_hidden[i + 1, block.rows] = grad_blend * gate
                 past_gate = grad_blend.addcmul_(grad_blend, gate, value=-1)
                 grad_linear = blend.sub_(state).mul_(past_gate)
                 operand = grad_linear.to(weight.dtype)
                 if need_parameters:
-                    grad_weight[i] += _product(operand.T, state.to(weight.dtype))
-                    grad_bias[i] += grad_linear.sum(dim=0)
+                    add = torch.Tensor.add_ if block.rows.start else torch.Tensor.copy_
+                    add(grad_weight[i], _weight_gradient(operand, state.to(weight.dtype)))
+                    add(grad_bias[i], grad_linear.sum(dim=0))
                 carry = None
                 if i or need_hidden:
-                    carry = past_gate.add_(_product(operand, weight[i]))
+                    carry = past_gate.add_(_linear(operand, transposed))
             carry = add_gradient(i, block, state, carry)
         if need_hidden:
             grad_hidden[0, block.rows] = carry
@@ -170,8 +187,7 @@ def chain_loss_forward(
     def compare(position: int, block: Block, state: Tensor) -> None:
         for k, target in enumerate(targets):
             if target == position:
-                difference = block.zero_padding_(student[k][block.rows].to(state.dtype) - state)
-                sums[k].append(difference.square_().sum())
+                sums[k].append(F.mse_loss(_compared(student[k], block, state.dtype), state, reduction="sum"))
 
     gates = _forward(
         hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, compare
@@ -186,15 +202,18 @@ def chain_loss_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`lad_fast.kernels.ops.chain_loss_backward`."""
     grad_student = [torch.empty_like(h) for h in student] if need_student else []
-    scale = (grad * factor).to(norm_weight.dtype)
+    half = (grad * factor / 2).to(norm_weight.dtype)
 
     def add_gradient(position: int, block: Block, state: Tensor, carry: Tensor | None) -> Tensor | None:
         for k, target in enumerate(targets):
             if target == position:
-                difference = block.zero_padding_(student[k][block.rows].to(state.dtype) - state).mul_(scale[k])
-                if need_student:
-                    grad_student[k][block.rows] = difference
-                carry = difference.neg_() if carry is None else carry.sub_(difference)
+                compared = _compared(student[k], block, state.dtype)
+                grad = grad_student[k][block.rows] if need_student else None
+                in_place = {"grad_input": grad} if need_student and grad.dtype == state.dtype else {}
+                slope = aten.mse_loss_backward(half[k], compared, state, SUM, **in_place)
+                if need_student and not in_place:
+                    grad.copy_(slope)
+                carry = slope.neg() if carry is None else carry.sub_(slope)
         return carry
 
     grad_hidden, *grad_parameters = _backward(
@@ -208,7 +227,7 @@ def _loss_factor(student: Tensor, row_mask: Tensor | None, weight: float) -> Ten
     """``2 * weight / (real tokens * D)``, without a host sync."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     num_tokens, hidden_size = student.shape
-    count = torch.tensor(num_tokens, device=student.device) if row_mask is None else row_mask.sum().clamp(min=1)
+    count = torch.full((), num_tokens, device=student.device) if row_mask is None else row_mask.sum().clamp(min=1)
     return 2 * weight / (count.to(dtype) * hidden_size)
 
 

@@ -63,7 +63,8 @@ GATE_BACKWARD = TileLaunch(rows=2, columns=256, num_warps=2)
 HIDDEN_LOSS = TileLaunch(rows=4, columns=512, num_warps=4)
 TOKENS_PER_SWEEP = 512  # "token" norm: rows over which one pass of the parameters' partial sums is spread
 CLASSES_PER_STEP = 256  # logit loss: classes read at once
-CPU_BLOCK_ELEMENTS = 1024 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
+PACKED_ROWS = 1024  # see laid_out_for
+CPU_BLOCK_ELEMENTS = 2048 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
 
 
 def interpreted() -> bool:
@@ -100,6 +101,16 @@ def onednn_linear(operand: Tensor):
     there and is twice as fast. It reads transposed operands as they are.
     """
     return _onednn_linear(operand.dtype) if operand.device.type == "cpu" else None
+
+
+def laid_out_for(num_rows: int, weight: Tensor) -> Tensor:
+    """A weight (N, K) as :func:`onednn_linear` takes it, copied to oneDNN's own layout where that many rows pay for it.
+
+    A copy costs as much as the products of some 800 rows gain; they run 15 % faster.
+    """
+    if num_rows < PACKED_ROWS or onednn_linear(weight) is None:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), num_rows)
 
 
 def architecture(device: torch.device) -> str:

@@ -168,12 +168,12 @@ class _Aggregate(torch.autograd.Function):
         weight, bias, norm_weight, norm_bias, *hidden,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
+        weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         hidden = [h.contiguous() for h in hidden]
         aggregates, gates, mean, rstd = aggregate_forward(
-            hidden, weight.to(matmul_dtype), bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps,
-            keep_gates, backend,
+            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, backend,
         )  # fmt: skip
-        ctx.wanted, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = wanted, seq_len, eps, matmul_dtype, backend
+        ctx.wanted, ctx.seq_len, ctx.eps, ctx.backend = wanted, seq_len, eps, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             row_mask, cu_seqlens, weight, norm_weight, norm_bias, None if backend == "torch" else aggregates, mean,
@@ -194,7 +194,7 @@ class _Aggregate(torch.autograd.Function):
         for i, grad in zip(ctx.wanted, grad_outputs, strict=True):
             grads[i] = grad
         grad_hidden, *grad_parameters = aggregate_backward(
-            grads, hidden, weight.to(ctx.matmul_dtype), norm_weight, norm_bias, aggregates, gates, mean, rstd,
+            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd,
             row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_hidden), any(needs_parameters), ctx.backend,
         )  # fmt: skip
         return (
@@ -357,13 +357,14 @@ class _ChainLoss(torch.autograd.Function):
         weight, bias, norm_weight, norm_bias, *states,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
+        weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
         losses, factor, gates, *kept = chain_loss_forward(
-            hidden, student, targets, weight.to(matmul_dtype), bias, norm_weight, norm_bias, row_mask, cu_seqlens,
+            hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens,
             seq_len, eps, loss_weight, keep_gates, backend,
         )  # fmt: skip
-        ctx.targets, ctx.seq_len, ctx.eps, ctx.matmul_dtype, ctx.backend = targets, seq_len, eps, matmul_dtype, backend
+        ctx.targets, ctx.seq_len, ctx.eps, ctx.backend = targets, seq_len, eps, backend
         ctx.save_for_backward(row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *kept, *states, *gates)
         return losses
 
@@ -377,7 +378,7 @@ class _ChainLoss(torch.autograd.Function):
         num_layers = len(ctx.targets)
         needs_student, needs_hidden = needs_states[:num_layers], needs_states[num_layers:]
         grad_student, grad_hidden, *grad_parameters = chain_loss_backward(
-            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, weight.to(ctx.matmul_dtype),
+            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, weight,
             norm_weight, norm_bias, gates, aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps,
             any(needs_student), any(needs_hidden), any(needs_parameters), ctx.backend,
         )  # fmt: skip

@@ -244,10 +244,10 @@ class _Chain(NamedTuple):
         """States (T, D) and the four parameters that so many gates read."""
         weight, bias, *affine = self.gates
         if self.cu_seqlens is None and affine[0].dim() == 3:
-            affine = [parameter[:, : states[0].shape[1]] for parameter in affine]
+            affine = [_first(parameter, states[0].shape[1], dim=1) for parameter in affine]
         return [
             [h.reshape(-1, h.shape[-1]) for h in states[: num_gates + 1]],
-            *(parameter[:num_gates] for parameter in (weight, bias, *affine)),
+            *(_first(parameter, num_gates) for parameter in (weight, bias, *affine)),
         ]
 
     def options(self, eps: float) -> dict:
@@ -260,6 +260,11 @@ class _Chain(NamedTuple):
             "matmul_dtype": _matmul_dtype(first),
             "backend": self.backend,
         }
+
+
+def _first(parameter: Tensor, length: int, dim: int = 0) -> Tensor:
+    """So much of a parameter; itself where that is all, since a slice's gradient is filled and copied once more."""
+    return parameter if parameter.shape[dim] == length else parameter.narrow(dim, 0, length)
 
 
 def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend) -> _Chain:

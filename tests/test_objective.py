@@ -132,7 +132,8 @@ def test_objective_keeps_a_third_of_eagers_memory(precision, seq_len):
     state = 8 * 16 * 32 * student[0].element_size()
     assert eager >= 40 * state
     assert ours <= eager / 3
-    assert ours < 11.1 * state  # the gates of a chain of twelve layers, and a few numbers
+    cast_weights = 0 if precision == "float32" else 11 * 32 * 32 * 2
+    assert ours < 11.1 * state + cast_weights  # the gates of a chain of twelve layers, and a few numbers
 
 
 def test_aggregation_keeps_the_gates():
