@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from lad_fast.cpu import faster_forward
 from lad_fast.glue import Task
 from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
 
@@ -252,13 +253,14 @@ def run_model(
         ValueError: a model without one hidden state a layer beside the embeddings'.
     """
     packing = inputs.get("packing")
-    if packing is None:
-        output = model(**inputs, output_hidden_states=output_hidden_states)
-        logits = output.logits
-    else:
-        positions = inputs["position_ids"] + first_position(model)
-        output = model.base_model(**inputs | {"position_ids": positions}, output_hidden_states=output_hidden_states)
-        logits = pooled_logits(model, output.last_hidden_state, packing)
+    with faster_forward(model):
+        if packing is None:
+            output = model(**inputs, output_hidden_states=output_hidden_states)
+            logits = output.logits
+        else:
+            positions = inputs["position_ids"] + first_position(model)
+            output = model.base_model(**inputs | {"position_ids": positions}, output_hidden_states=output_hidden_states)
+            logits = pooled_logits(model, output.last_hidden_state, packing)
     if not output_hidden_states:
         return logits, None
     states, num_layers = output.hidden_states, model.config.num_hidden_layers

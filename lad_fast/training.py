@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
+from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, tokenize
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
@@ -343,7 +344,10 @@ def _start(config: TrainingConfig) -> torch.device:
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed is {config.seed}; it takes 0 to {2**32 - 1}")
     set_seed(config.seed)
-    return _pick_device(config.device)
+    device = _pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedModel) -> TrainingConfig:

@@ -1,0 +1,192 @@
+"""Dropout, attention under dropout and float32 linear layers of a training step on a CPU, faster than PyTorch's own.
+
+The mathematics is PyTorch's; only dropout's random numbers are others, from the same generator:
+
+* dropout draws 16 bits an element, 64 at a time, where PyTorch draws a float;
+* attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
+  their scores stay in the cache;
+* float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2.
+"""
+
+import ctypes
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from lad_fast.kernels import launch as lc
+
+__all__ = ["FasterOnCPU", "faster_forward", "keep_freed_memory"]
+
+DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
+SCORES_AT_ONCE = 1 << 19  # elements: a few such tensors fit into the cache of one core
+
+
+class FasterOnCPU(TorchFunctionMode):
+    """A context in which the calls of a model's forward that are slow on a CPU are replaced.
+
+    Replaced are ``F.dropout``, ``F.scaled_dot_product_attention`` with dropout and, in float32, ``F.linear``; gradients
+    are those of the originals, and calls in any other form go to PyTorch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (replacement := _REPLACEMENTS.get(function)) is not None:
+            result = replacement(*args, **kwargs)
+            if result is not None:
+                return result
+        return function(*args, **kwargs)
+
+
+def faster_forward(model: nn.Module) -> AbstractContextManager:
+    """:class:`FasterOnCPU` for a model on a CPU, unless it is compiled: nothing then."""
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return FasterOnCPU() if on_cpu and not is_compiled else nullcontext()
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    if not training or inplace or not 0 < p < 1 or not _is_plain(x):
+        return None
+    return _Dropout.apply(x, p)
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor | None:
+    if not 0 < dropout_p < 1 or is_causal or enable_gqa or not _is_plain(query) or query.dim() != 4:
+        return None
+    if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.requires_grad):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _Attention.apply(query, key, value, attn_mask, dropout_p, scale)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    # Half types already go to oneDNN.
+    if x.dtype != torch.float32 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not _is_plain(x):
+        return None
+    if lc.onednn_linear(x) is None or not x.numel():
+        return None
+    return _Linear.apply(x, weight, bias)
+
+
+_REPLACEMENTS = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention, F.linear: _linear}
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.layout == torch.strided and x.is_floating_point()
+
+
+def _keep(shape: torch.Size, p: float) -> Tensor:
+    """True with probability 1 - p, from the default generator."""
+    numel = math.prod(shape)
+    bits = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (bits.view(torch.int16)[:numel] >= round(p * DROPOUT_STEPS) - DROPOUT_STEPS // 2).view(shape)
+
+
+def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return (x * keep).mul_(1 / (1 - p))
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        keep = _keep(x.shape, p)
+        ctx.p = p
+        ctx.save_for_backward(keep)
+        return _drop(x, keep, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _drop(grad, *ctx.saved_tensors, ctx.p), None
+
+
+class _Attention(torch.autograd.Function):
+    """``dropout(softmax(scale * Q K^T + mask)) V``; the probabilities are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, p, scale):
+        batch_size, heads, length, _ = query.shape
+        result = value.new_empty(batch_size, length, heads, value.shape[-1]).transpose(1, 2)  # as the next layer wants
+        step = max(1, SCORES_AT_ONCE // (heads * length * key.shape[2]))
+        ctx.parts, kept = [slice(i, i + step) for i in range(0, batch_size, step)], []
+        with torch.autocast("cpu", enabled=False):
+            query = query * scale
+            for part in ctx.parts:
+                scores = query[part] @ key[part].transpose(2, 3)
+                if mask is not None:
+                    some = mask if len(mask) == 1 else mask[part]
+                    # The least number, not -inf: without any key the probabilities are equal, and nothing is NaN.
+                    if some.dtype == torch.bool:
+                        scores.masked_fill_(~some, torch.finfo(scores.dtype).min)
+                    else:
+                        scores.add_(some).clamp_(min=torch.finfo(scores.dtype).min)
+                probabilities = scores.softmax(dim=-1)
+                keep = _keep(probabilities.shape, p)
+                result[part] = _drop(probabilities, keep, p) @ value[part]
+                kept += probabilities, keep
+        ctx.p, ctx.scale = p, scale
+        ctx.save_for_backward(query, key, value, *kept)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, *kept = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        grad_query, grad_key, grad_value = grads
+        for part, probabilities, keep in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
+            grad_value[part] = _drop(probabilities, keep, ctx.p).transpose(2, 3) @ grad[part]
+            grad_scores = torch._softmax_backward_data(
+                _drop(grad[part] @ value[part].transpose(2, 3), keep, ctx.p), probabilities, -1, probabilities.dtype
+            )
+            grad_query[part] = grad_scores @ key[part]
+            grad_key[part] = grad_scores.transpose(2, 3) @ query[part]
+        grad_query.mul_(ctx.scale)
+        return *grads, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight.T) if needs_x else None,
+            _product(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
+            rows.sum(dim=0) if needs_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    weight = lc.laid_out_for(x.numel() // x.shape[-1], weight)
+    return lc.onednn_linear(x)(x, weight, bias, "none", [], "")
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep large freed blocks for the next step, where it is glibc; whether it was.
+
+    By default it returns them to the system, and each step pays for its pages again, a microsecond or more a page. The
+    process then stays as large as its largest step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 1 << 30))  # 32 MiB is glibc's most
