@@ -27,7 +27,7 @@ class Case:
 
     def build(self, dtype: torch.dtype, seed: int = 0) -> dict:
         """States of teacher and student and upstream gradients, rounded to ``dtype``; float32 gates; the padding."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         num_tokens = self.batch * self.length
         shape = (num_tokens, self.hidden_size) if self.mode == "packed" else (self.batch, self.length, self.hidden_size)

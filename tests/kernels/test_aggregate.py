@@ -3,8 +3,6 @@
 import pytest
 import torch
 from cases import TOLERANCE, Case, check, relative_error, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import lad_fast
@@ -48,29 +46,6 @@ SIZES = (
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_sizes(backend, norm, case, poisoned_allocations):
     compare(Case(**{**vars(case), "norm": norm}), torch.float32, backend)
-
-
-@given(
-    case=st.builds(
-        Case,
-        batch=st.integers(1, 3),
-        length=st.integers(1, 36),
-        hidden_size=st.integers(8, 70),
-        layers=st.just(4),
-        wanted=st.permutations(range(4)).flatmap(lambda p: st.integers(1, 4).map(lambda n: tuple(p[:n]))),
-        norm=st.sampled_from(("sequence", "token")),
-        mode=st.sampled_from(MODES),
-        reverse=st.booleans(),
-    ),
-    seed=st.integers(0, 2**16),
-    backend=st.sampled_from(BACKENDS),
-)
-@settings(max_examples=30, deadline=None, derandomize=True)
-def test_random_configurations(case, seed, backend):
-    inputs = case.build(torch.float32, seed)
-    expected = run(case, inputs, torch.float64, "reference")
-    # Groups of few values can have little variance, which magnifies rounding: looser than elsewhere.
-    check(run(case, inputs, torch.float32, backend), expected, 2e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,7 +177,7 @@ def test_autocast_multiplies_in_the_low_precision(backend):
     case = Case(batch=4, length=8, hidden_size=64)
     inputs = case.build(torch.float32)
     expected = run(case, inputs, torch.float64, "reference")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = run(case, inputs, torch.float32, backend)
     assert actual["aggregate 3"].dtype == torch.float32
     check(actual, expected, TOLERANCE[torch.bfloat16])

@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def hidden_case(dtype, masked, shape=(3, 7, 40), num_layers=2):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     student = [torch.randn(shape, generator=generator).to(dtype) for _ in range(num_layers)]
     targets = [torch.randn(shape, generator=generator).to(dtype) for _ in range(num_layers)]
     mask = None
@@ -79,7 +79,7 @@ def test_hidden_loss_of_two_dtypes_and_of_padding(backend):
 
 
 def logits_case(classes, dtype, batch=5, scale=3.0):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     student, teacher = (scale * torch.randn(batch, classes, generator=generator).to(dtype) for _ in range(2))
     return student, teacher, torch.randint(0, classes, (batch,), generator=generator)
 

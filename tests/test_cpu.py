@@ -1,0 +1,276 @@
+"""The faster forward on a CPU computes what PyTorch's own does."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, BertForSequenceClassification
+
+from lad_fast import cpu
+from lad_fast.cpu import FasterOnCPU, faster_forward
+from lad_fast.kernels import launch
+from lad_fast.models import run_model
+
+needs_onednn = pytest.mark.skipif(launch.onednn_linear(torch.ones(1)) is None, reason="PyTorch without oneDNN")
+
+
+def called(function) -> set[str]:
+    """Names of the operators that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+def classifier(dropout: float) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).train()
+
+
+def batch() -> dict:
+    mask = (torch.arange(9) < torch.tensor([9, 4, 7])[:, None]).long()
+    return {"input_ids": torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(0)), "attention_mask": mask}
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_bias", (True, False))
+@pytest.mark.parametrize("shape", ((7, 24), (3, 5, 24), (1, 1, 24), (24,)))
+def test_linear(shape, has_bias, monkeypatch):
+    """Also where the weight is laid out for many rows, and with an input that is not contiguous."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(10, 24, requires_grad=True), torch.randn(10, requires_grad=True) if has_bias else None
+    leaves = [weight, *([bias] if has_bias else [])]
+    for x in (torch.randn(shape), torch.randn(*shape[:-1], 48)[..., ::2]):
+        x.requires_grad_()
+        expected = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+        upstream = torch.randn(expected.shape)
+        right = torch.autograd.grad(expected, [x, *leaves], upstream.double())
+        for rows in (1, 10**9):
+            monkeypatch.setattr(launch, "PACKED_ROWS", rows)
+            with FasterOnCPU():
+                actual = F.linear(x, weight, bias)
+            assert actual.dtype == torch.float32
+            ours = torch.autograd.grad(actual, [x, *leaves], upstream)
+            for a, b in zip((actual, *ours), (expected, *right), strict=True):
+                torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_in_other_dtypes_and_without_rows_is_pytorchs():
+    layer = torch.nn.Linear(4, 3)
+    with FasterOnCPU():
+        assert layer(torch.ones(0, 4)).shape == (0, 3)
+        x = torch.ones(2, 4, dtype=torch.float64)
+        assert torch.equal(layer.double()(x), x @ layer.weight.T + layer.bias)
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("shape", ((300, 301), (5, 100, 77), (1,), (0, 3)))
+def test_dropout(dtype, shape):
+    torch.manual_seed(0)
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    with FasterOnCPU():
+        y = F.dropout(x, 0.1)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # the same elements, scaled alike
+    kept = y != 0
+    assert (y[kept] == torch.ones((), dtype=dtype) / 0.9).all()
+    if x.numel() > 1:  # five standard deviations of a share of independent draws
+        assert abs(kept.double().mean() - 0.9) < 5 * math.sqrt(0.09 / x.numel())
+
+
+@pytest.mark.parametrize("p", (0.001, 0.5, 0.999))
+def test_dropout_keeps_each_element_as_often(p):
+    torch.manual_seed(1)
+    with FasterOnCPU():
+        draws = torch.stack([F.dropout(torch.ones(64), p) != 0 for _ in range(4000)]).double()
+    error = 5.5 * math.sqrt(p * (1 - p) / 4000)  # of 64 means, and of 63 correlations of neighbours
+    assert (draws.mean(dim=0) - (1 - p)).abs().max() < error
+    neighbours = (draws[:, 1:] - (1 - p)) * (draws[:, :-1] - (1 - p))
+    assert neighbours.mean(dim=0).abs().max() < 5.5 * p * (1 - p) / math.sqrt(4000) + 5 / 4000
+
+
+def test_dropout_follows_the_seed_and_leaves_the_rest_to_pytorch():
+    x = torch.ones(1000)
+    with FasterOnCPU():
+        torch.manual_seed(3)
+        first, second = F.dropout(x, 0.5), F.dropout(x, 0.5)
+        torch.manual_seed(3)
+        assert torch.equal(F.dropout(x, 0.5), first)
+        assert not torch.equal(first, second)
+        assert F.dropout(x, 0.5, training=False) is x
+        assert torch.equal(F.dropout(x, 0.0), x)
+        assert not F.dropout(x, 1.0).any()
+        with pytest.raises(ValueError, match="probability"):
+            F.dropout(x, 1.5)
+
+
+MASKS = {
+    "none": None,
+    "an example's keys": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])[:, None, None].bool(),
+    "each query's keys": torch.ones(3, 1, 5, 5).tril().bool(),
+    "one for all": torch.ones(1, 1, 5, 5).tril().bool(),
+    "added": torch.zeros(3, 1, 1, 5).masked_fill(torch.tensor([0, 0, 0, 0, 1]).bool(), -torch.inf),
+}
+
+
+def attention_inputs(dtype=torch.float64):
+    torch.manual_seed(0)
+    # As Hugging Face passes them: views of (B, S, H, d).
+    return [torch.randn(3, 5, 2, 4, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+
+
+def with_seed(function, *args, **options):
+    torch.manual_seed(7)
+    with FasterOnCPU():
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("at_once", (1, 100, 1 << 19))
+@pytest.mark.parametrize("name", MASKS)
+def test_attention(name, at_once, monkeypatch):
+    """The dropped probabilities, read off by a value of ones and zeros, are PyTorch's or zero; so are the gradients."""
+    monkeypatch.setattr(cpu, "SCORES_AT_ONCE", at_once)
+    query, key, value = attention_inputs()
+    mask = MASKS[name]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    identity = torch.eye(5, dtype=torch.float64).expand(3, 2, 5, 5)
+    dropped = with_seed(F.scaled_dot_product_attention, query, key, identity, mask, 0.3, scale=0.4)
+    plain = F.scaled_dot_product_attention(query, key, identity, mask, 0.0, scale=0.4)
+    keep = dropped != 0
+    assert 0.4 < keep[plain != 0].double().mean() < 0.95
+    torch.testing.assert_close(dropped, plain * keep / 0.7)
+
+    output = with_seed(F.scaled_dot_product_attention, query, key, value, mask, 0.3, scale=0.4)
+    expected = (plain * keep / 0.7) @ value
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn_like(output)
+    leaves = query, key, value
+    for ours, right in zip(
+        torch.autograd.grad(output, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, right)
+    assert output.transpose(1, 2).is_contiguous()  # what the next layer makes of it costs no copy
+
+
+def test_attention_scales_as_pytorch_does_and_takes_other_forms_to_it():
+    query, key, value = attention_inputs()
+    torch.manual_seed(0)
+    outputs = [with_seed(F.scaled_dot_product_attention, query, key, value, None, 1e-9) for _ in range(2)]
+    torch.testing.assert_close(outputs[0], F.scaled_dot_product_attention(query, key, value))
+    assert torch.equal(*outputs)
+    causal = with_seed(F.scaled_dot_product_attention, query, key, value, None, 1e-9, is_causal=True)
+    torch.testing.assert_close(causal, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    three = [x[0] for x in (query, key, value)]
+    torch.testing.assert_close(
+        with_seed(F.scaled_dot_product_attention, *three, None, 1e-9), F.scaled_dot_product_attention(*three)
+    )
+
+
+def test_attention_without_any_key_is_finite():
+    query, key, value = attention_inputs()
+    mask = torch.zeros(3, 1, 1, 5, dtype=torch.bool)
+    mask[0] = True
+    for some in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).double()):
+        output = with_seed(F.scaled_dot_product_attention, query, key, value, some, 0.3)
+        gradients = torch.autograd.grad(output.sum(), (query, key, value))
+        assert all(torch.isfinite(tensor).all() for tensor in (output, *gradients))
+
+
+def test_attention_under_autocast_is_as_close_as_pytorchs():
+    inputs = attention_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = with_seed(F.scaled_dot_product_attention, *inputs, None, 1e-9)
+    assert ours.dtype == torch.bfloat16
+    exact = F.scaled_dot_product_attention(*(x.double() for x in inputs))
+    # Inputs, scores and probabilities are each rounded to 8 bits.
+    assert (ours.double() - exact).norm() / exact.norm() < 0.02
+    ours.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_a_model_gives_the_same_results():
+    """Without dropout: logits, hidden states and gradients; float32 products in another order."""
+    results = []
+    for is_ours in (False, True):
+        model = classifier(0.0)
+        if is_ours:
+            logits, states = run_model(model, batch(), output_hidden_states=True)
+        else:
+            output = model(**batch(), output_hidden_states=True)
+            logits, states = output.logits, output.hidden_states[1:]
+        (logits.square().sum() + sum(state.sum() for state in states)).backward()
+        results.append([logits, *states, *(p.grad for p in model.parameters())])
+    assert len(results[0]) > 30
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_dropout_has_the_same_mean():
+    """Over many draws the loss's gradient is PyTorch's, to the error of the mean."""
+    model, inputs = classifier(0.1), batch()
+
+    def draws(forward) -> torch.Tensor:
+        rows = []
+        for _ in range(300):
+            model.zero_grad()
+            forward().square().sum().backward()
+            rows.append(torch.cat([p.grad.flatten() for p in model.bert.encoder.layer.parameters()]))
+        return torch.stack(rows)
+
+    theirs, ours = draws(lambda: model(**inputs).logits), draws(lambda: run_model(model, inputs)[0])
+    deviation = (theirs.var(dim=0) / len(theirs) + ours.var(dim=0) / len(ours)).sqrt()
+    scores = ((theirs.mean(dim=0) - ours.mean(dim=0)) / deviation.clamp(min=1e-9)).abs()
+    assert theirs.std(dim=0).mean() > 0
+    assert scores.square().mean().sqrt() < 1.3  # 1 for two samples of one distribution
+    assert 0.8 < ours.std(dim=0).norm() / theirs.std(dim=0).norm() < 1.25
+
+
+@needs_onednn
+def test_a_step_really_takes_it():
+    operators = called(lambda: run_model(classifier(0.1), batch())[0].sum().backward())
+    assert {"mkldnn::_linear_pointwise", "_Dropout", "_Attention"} <= operators
+    assert not operators & {"aten::bernoulli_", "aten::native_dropout", "aten::addmm"}
+
+
+def test_a_compiled_model_is_left_alone():
+    model = classifier(0.0)
+    assert isinstance(faster_forward(model), FasterOnCPU)
+    model.bert.compile(backend="eager")
+    assert not isinstance(faster_forward(model), FasterOnCPU)
+
+
+FAULTS = """
+import resource, sys, torch
+from lad_fast.cpu import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("no mallopt")
+for _ in range(3):
+    torch.ones(2**21)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    parts = [torch.ones(2**21) for _ in range(8)]
+    del parts
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the counter is Linux's")
+def test_freed_memory_is_kept():
+    def faults(how: str) -> int:
+        run = subprocess.run([sys.executable, "-P", "-c", FAULTS, how], capture_output=True, text=True)
+        if "no mallopt" in run.stderr:
+            pytest.skip("not glibc")
+        return int(run.stdout)
+
+    # Ten rounds of 64 MiB: 16384 pages each, if every round takes them anew.
+    assert faults("keep") < 3 * 16384 < faults("return")
