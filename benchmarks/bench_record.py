@@ -128,33 +128,53 @@ def section(result: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+MOST_OTHERS = 0.1  # share of the processors that others may take while a row is timed
+
+
+def is_disturbed(row: dict) -> bool:
+    """Whether others took much of the processors while a row, or the one it is compared with, was timed."""
+    return max(row.get("other_jobs") or 0, row.get("baseline_other_jobs") or 0) >= MOST_OTHERS
+
+
 def _disturbance(result: dict) -> str:
     shares = [row["other_jobs"] for row in result["rows"] if "other_jobs" in row]
     if not shares:
         return ""
-    disturbed = sum(share >= 0.1 for share in shares)
-    return f"Other jobs took a tenth of the processors or more while {disturbed} of {len(shares)} rows were timed."
+    disturbed = sum(share >= MOST_OTHERS for share in shares)
+    return (
+        f"Other jobs took a tenth of the processors or more while {disturbed} of {len(shares)} rows were timed"
+        + ("; their times have a ~, and no ratio is given." if disturbed else ".")
+    )
+
+
+def _time(row: dict) -> str:
+    return ("~" if (row.get("other_jobs") or 0) >= MOST_OTHERS else "") + _seconds(row["median_s"])
+
+
+def _ratio(row: dict) -> str:
+    return "disturbed" if is_disturbed(row) else f"{row['ratio']:.2f}x"
 
 
 STEP = {
     "training step": lambda row: row["case"],
     "contestant": lambda row: row["contestant"],
-    "time": lambda row: _seconds(row["median_s"]),
-    "against published": lambda row: f"{row['ratio']:.2f}x",
+    "time": _time,
+    "against published": _ratio,
     "model FLOPs utilisation": lambda row: f"{row['model_flops_utilisation']:.0%}",
 }
 EPOCH = {
     "epoch, scaled from": lambda row: f"{row['case']}, {row['sampled_batches']} of {row['epoch_steps']} batches",
     "contestant": lambda row: row["contestant"],
     "time": lambda row: _seconds(row["epoch_seconds_scaled_from_sample_total"]),
-    "against published": lambda row: f"{row['ratio']:.2f}x",
+    "against published": _ratio,
 }
 OBJECTIVE = {
     "objective": lambda row: row["case"],
     "contestant": lambda row: row["contestant"],
-    "time": lambda row: _seconds(row["median_s"]),
-    "against reference": lambda row: f"{row['ratio']:.2f}x",
+    "time": _time,
+    "against reference": _ratio,
     "kept for backward": lambda row: f"{row['kept_bytes'] / 1e6:.0f} MB",
+    "peak": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in row else "-",
     "of roof": lambda row: f"{row['roof_share']:.0%}",
 }
 
@@ -162,8 +182,8 @@ OBJECTIVE = {
 ENGINE = {
     "option": lambda row: row["contestant"],
     "precision": lambda row: row["dtype"],
-    "a step": lambda row: _seconds(row["median_s"] / row["steps"]),
-    "against the first row": lambda row: f"{row['ratio']:.2f}x",
+    "a step": _time,
+    "against the first row": _ratio,
 }
 
 

@@ -23,6 +23,7 @@ from measuring import (
     plan_rounds,
 )
 
+from lad_fast.cpu import keep_freed_memory
 from lad_fast.report import format_table
 
 ROWS = pytest.StashKey[list[dict]]()
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.option.benchmark_quiet = True  # the table below has what its own has, side by side with the baseline
     pin_threads()
+    keep_freed_memory()  # as training does, and for every contestant
     torch.set_float32_matmul_precision("highest")  # float32 is float32, not TF32, for every contestant
 
 
@@ -72,7 +74,8 @@ def measure(benchmark, pytestconfig, roofs):
 
     def run(
         step, *, table: str, case: str, contestant: str, dtype: str = "float32", baseline: str = "reference",
-        flops: float | None = None, moved: int | None = None, rounds: int | None = None, profiled: bool = True, **more,
+        flops: float | None = None, moved: int | None = None, rounds: int | None = None, parts: int = 1,
+        profiled: bool = True, **more,
     ) -> dict:  # fmt: skip
         """Time ``step()``.
 
@@ -83,7 +86,8 @@ def measure(benchmark, pytestconfig, roofs):
             baseline: the contestant whose median, taken before in this session, the ratio divides.
             flops, moved: work that every contestant must do: matrix products, and bytes read and written once.
             rounds: timed rounds of one call, for a step that is warm; None warms it up and chooses calls and rounds.
-            profiled: on a GPU, run it twice more for its peak memory and its kernels.
+            parts: equal parts of a round, such as training steps, of which the row has the time of one.
+            profiled: run it twice more, for its peak memory and, on a GPU, its kernels.
             **more: further entries of the row.
         """
         calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
@@ -93,13 +97,14 @@ def measure(benchmark, pytestconfig, roofs):
         others = others.share()
         row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
         if benchmark.stats is not None:  # None with --benchmark-disable
-            row["median_s"] = median = benchmark.stats["median"]
+            row["median_s"] = median = benchmark.stats["median"] / parts
             row["rounds"] = rounds
             row["other_jobs"] = others
             case_rows = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
-            base = next((r["median_s"] for r in case_rows if r["contestant"] == baseline), None)
+            base = row if contestant == baseline else next((r for r in case_rows if r["contestant"] == baseline), None)
             row["baseline"] = baseline
-            row["ratio"] = 1.0 if contestant == baseline else base and base / median
+            if base is not None:
+                row |= {"ratio": base["median_s"] / median, "baseline_other_jobs": base["other_jobs"]}
             if flops is not None and moved is not None:
                 row |= {"flops": flops, "moved_bytes": moved}
                 row |= {"tflop_per_s": flops / median / 1e12, "gb_per_s": moved / median / 1e9}
@@ -121,7 +126,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     columns = {
         "median": lambda r: f"{1e3 * r['median_s']:.3g} ms",
-        "ratio": lambda r: f"{r['ratio']:.2f}x",
+        "ratio": lambda r: "disturbed" if bench_record.is_disturbed(r) else f"{r['ratio']:.2f}x",
         "kept": lambda r: f"{r['kept_bytes'] / 1e6:.1f} MB",
         "peak": lambda r: f"{r['peak_bytes'] / 1e6:.1f} MB",
         "GB/s": lambda r: f"{r['gb_per_s']:.3g}",

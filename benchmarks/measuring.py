@@ -63,12 +63,10 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 
 def plan_rounds(function: Callable[[], object], least_seconds: float = 0.02) -> tuple[int, int]:
-    """Calls a round, so that one takes ``least_seconds`` (100 at most), and rounds: 5, or 3 where a call takes
-    over half a second. Warms the function up.
-    """
+    """Calls a round, so that one takes ``least_seconds`` (100 at most), and rounds: 5. Warms the function up."""
     function()
     seconds = max(seconds_of(function), 1e-6)
-    return max(1, min(100, round(least_seconds / seconds))), 3 if seconds > 0.5 else 5
+    return max(1, min(100, round(least_seconds / seconds))), 5
 
 
 def rotating(functions: list[Callable[[], object]]) -> Callable[[], object]:
@@ -102,16 +100,26 @@ def kept_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(function: Callable[[], object]) -> int | None:
-    """Most bytes that one call allocates beyond what was allocated before it; None on a CPU."""
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that one call has allocated at a time beyond what was allocated before it."""
     if DEVICE.type != "cuda":
-        return None
+        return _cpu_peak_bytes(function)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak_bytes(function: Callable[[], object]) -> int:
+    """By the profiler's record of each allocation; what the call frees of earlier ones makes room."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def kernel_launches(function: Callable[[], object]) -> int | None:

@@ -3,13 +3,18 @@
 That an option changes no result is ``tests/test_training.py``'s to show.
 """
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
-from contestants import CACHED, GRAPHS, ON_GPU, ours
-from workloads import SIZES, batches, load, sample
+from contestants import CACHED, GRAPHS, ON_GPU, Runner, check_outcome, ours
+from workloads import SIZES, Workload, load, sample
 
 BASE = {"precision": "bfloat16", "padding": "longest", "multiple": None, "option": None}
+PYTORCHS = "PyTorch's own dropout, attention and linear layers on a CPU"
 OPTIONS = {
     "as training runs it, no cache": {},
+    **({} if ON_GPU else {PYTORCHS: {}}),
     "float32": {"precision": "float32"},
     "widths rounded up to 8": {"multiple": 8},
     "packed": {"padding": "packed"},
@@ -19,9 +24,12 @@ OPTIONS = {
 BASELINE = next(iter(OPTIONS))
 
 
+NUM_STEPS = 6
+
+
 @pytest.fixture(scope="module")
 def examples():
-    return sample(load("sst2"), 20)[0]
+    return sample(load("sst2"), NUM_STEPS)[0]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -29,17 +37,19 @@ def test_option(measure, examples, name):
     if name == GRAPHS and not ON_GPU:
         pytest.skip("CUDA graphs take a GPU")
     chosen = BASE | OPTIONS[name]
-    size, padding = SIZES["base" if ON_GPU else "minilm"], chosen["padding"]
-    runner = ours(size, chosen["precision"], padding, True, chosen["option"], examples)
+    size = SIZES["base" if ON_GPU else "minilm"]
 
-    def run() -> None:
-        for batch in batches(examples, padding, chosen["multiple"]):
-            runner.step(batch)
+    def make(workload: Workload) -> Runner:
+        precision, padding, option, multiple = (chosen[key] for key in ("precision", "padding", "option", "multiple"))
+        return ours(size, precision, padding, True, option, workload, multiple)
 
-    for _ in range(4 if name == GRAPHS else 1):  # a graph is captured when its shape comes the third time
-        run()
-    measure(
-        run, table="engine", case=f"20 steps, sst2, {size.teacher_layers} to {size.student_layers} layers, D "
-        f"{size.hidden_size}", contestant=name, dtype=chosen["precision"], baseline=BASELINE, rounds=5, profiled=False,
-        steps=20,
-    )  # fmt: skip
+    with patch("lad_fast.models.faster_forward", lambda model: nullcontext()) if name == PYTORCHS else nullcontext():
+        check_outcome(make, size, "longest", True, chosen["precision"])
+        runner = make(examples)
+        for _ in range(4 if name == GRAPHS else 1):  # a graph is captured when its shape comes the third time
+            runner.run(examples)
+        measure(
+            lambda: runner.run(examples), table="engine", contestant=name, dtype=chosen["precision"],
+            baseline=BASELINE, rounds=5, parts=NUM_STEPS, profiled=False,
+            case=f"sst2, {size.teacher_layers} to {size.student_layers} layers, D {size.hidden_size}",
+        )  # fmt: skip
