@@ -64,8 +64,9 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 def plan_rounds(function: Callable[[], object], least_seconds: float = 0.02) -> tuple[int, int]:
     """Calls a round, so that one takes ``least_seconds`` (100 at most), and rounds: 5. Warms the function up."""
-    function()
-    seconds = max(seconds_of(function), 1e-6)
+    seconds = seconds_of(function)
+    if seconds < 1:
+        seconds = max(seconds_of(function), 1e-6)
     return max(1, min(100, round(least_seconds / seconds))), 5
 
 

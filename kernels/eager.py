@@ -112,16 +112,17 @@ def _backward(
     for block in blocks(hidden[0], parameters[0][1], row_mask, cu_seqlens, seq_len, per_token):
         states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
         for i in range(top):
-            gate = gates[i][block.rows].to(states[0].dtype)
+            gate = gates[i][block.rows]
             blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
             states.append(state)
-            steps.append((gate, blend, statistics))
+            steps.append((blend, statistics))
 
         carry = add_gradient(top, block, states.pop(), None)
         for i in reversed(range(top)):
-            state, (gate, blend, statistics) = states.pop(), steps.pop()
+            state, (blend, statistics) = states.pop(), steps.pop()
             transposed, *affine = parameters[i]
             if need_hidden or need_parameters:
+                gate = gates[i][block.rows].to(blend.dtype)
                 grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
                 if need_hidden:
                     grad_hidden[i + 1, block.rows] = grad_blend * gate

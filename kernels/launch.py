@@ -64,7 +64,7 @@ HIDDEN_LOSS = TileLaunch(rows=4, columns=512, num_warps=4)
 TOKENS_PER_SWEEP = 512  # "token" norm: rows over which one pass of the parameters' partial sums is spread
 CLASSES_PER_STEP = 256  # logit loss: classes read at once
 PACKED_ROWS = 1024  # see laid_out_for
-CPU_BLOCK_ELEMENTS = 2048 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
+CPU_BLOCK_ELEMENTS = 1024 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
 
 
 def interpreted() -> bool:

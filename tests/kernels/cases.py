@@ -56,6 +56,22 @@ class Case:
         }  # fmt: skip
 
 
+def operands(case: Case, inputs: dict) -> tuple[list, list, tuple, tuple]:
+    """What the operators take of :meth:`Case.build`: states of teacher and student (T, D); the four parameters; and
+    row_mask, cu_seqlens and seq_len."""
+    hidden, student = ([h.reshape(-1, case.hidden_size) for h in inputs[name]] for name in ("hidden", "student"))
+    weight, bias, *affine = inputs["gates"]
+    mask, cu_seqlens = inputs["attention_mask"], inputs["cu_seqlens"]
+    if case.mode != "packed" and case.norm == "sequence":
+        affine = [parameter[:, : case.length].contiguous() for parameter in affine]
+    where = (
+        None if mask is None else mask.bool().reshape(-1),
+        None if cu_seqlens is None else cu_seqlens.int(),
+        0 if case.mode == "packed" else case.length,
+    )
+    return hidden, student, (weight, bias, *affine), where
+
+
 def run(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=None) -> dict[str, torch.Tensor]:
     """Aggregates and all gradients. ``function`` replaces ``lad_fast.fused_aggregate``."""
     function = function or lad_fast.fused_aggregate

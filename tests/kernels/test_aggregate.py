@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, check, relative_error, run
+from cases import TOLERANCE, Case, check, operands, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
 import lad_fast
@@ -197,34 +197,19 @@ def test_checkpoint_gives_the_same_gradients(backend):
         assert torch.equal(value, plain[name]), name
 
 
-def op_arguments(backend: str, mode: str, dtype: torch.dtype = torch.float32) -> tuple:
-    case = Case(batch=2, length=4, hidden_size=8, layers=3)
-    inputs = Case(**{**vars(case), "mode": mode, "wanted": (1, 2)}).build(dtype)
-    hidden = [h.reshape(-1, 8) for h in inputs["hidden"]]
-    weight, bias, norm_weight, norm_bias = inputs["gates"]
-    mask, cu_seqlens = inputs["attention_mask"], inputs["cu_seqlens"]
-    if mode != "packed":
-        norm_weight, norm_bias = norm_weight[:, :4].contiguous(), norm_bias[:, :4].contiguous()
-    where = (
-        None if mask is None else mask.bool().reshape(-1),
-        None if cu_seqlens is None else cu_seqlens.int(),
-        0 if mode == "packed" else 4,
-    )
-    return hidden, weight, bias, norm_weight, norm_bias, *where, 1e-5, True, backend
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, mode):
-    arguments = op_arguments(backend, mode)
+    case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(1, 2), mode=mode)
+    hidden, _, gates, where = operands(case, case.build(torch.float32))
+    arguments = hidden, *gates, *where, 1e-5, True, backend
     torch.library.opcheck(ops.aggregate_forward, arguments)
-    hidden, weight, _, norm_weight, norm_bias, *where = arguments[:8]
     aggregates, *kept = ops.aggregate_forward(*arguments)
     grads = [None, torch.randn_like(aggregates[1])]
     read = aggregates if backend == "triton" else None
     torch.library.opcheck(
         ops.aggregate_backward,
-        (grads, hidden, weight, norm_weight, norm_bias, read, *kept, *where, 1e-5, True, True, backend),
+        (grads, hidden, gates[0], *gates[2:], read, *kept, *where, 1e-5, True, True, backend),
     )
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, check, relative_error, run_loss
+from cases import TOLERANCE, Case, check, operands, relative_error, run_loss
 
 import lad_fast
 from lad_fast.functional import chain_loss
-from lad_fast.kernels import launch, ops
+from lad_fast.kernels import eager, launch, ops
 
 BACKENDS = ("torch", "triton")
 MODES = ("plain", "masked", "packed")
@@ -67,6 +67,29 @@ def test_gradcheck(norm, mode, small_blocks):
         return chain_loss(tensors[:2], tensors[2:5], tensors[5:], case.wanted, *where, backend="torch")
 
     assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_runs_the_chain_to_the_same_bits(mode, norm, dtype, small_blocks):
+    """The "torch" back end keeps the gates alone, and its backward makes the aggregates again."""
+    case = Case(batch=4, length=6, mode=mode, norm=norm)
+    hidden, _, (weight, bias, *affine), where = operands(case, case.build(torch.float32))
+    weight, top, seen, met = weight.to(dtype), case.layers - 1, {}, []
+
+    def note(position, block, state):
+        seen[position, block.rows.start] = state.clone()
+
+    def compare(position, block, state, carry):
+        met.append((position, block.rows.start))
+        assert torch.equal(state, seen[met[-1]])
+        return torch.ones_like(state) if carry is None else carry
+
+    gates = eager._forward(hidden, weight, bias, *affine, *where, 1e-5, True, note)
+    eager._backward(hidden, weight, *affine, gates, *where, 1e-5, top, True, True, compare)
+    assert len(seen) > 2 * case.layers  # several blocks
+    assert sorted(met) == sorted(seen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,25 +190,14 @@ def test_autocast_multiplies_in_the_low_precision(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, mode):
     case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(0, 2), mode=mode)
-    inputs = case.build(torch.float32)
-    hidden, student = ([h.reshape(-1, 8) for h in inputs[name]] for name in ("hidden", "student"))
-    weight, bias, *affine = inputs["gates"]
-    mask, cu_seqlens = inputs["attention_mask"], inputs["cu_seqlens"]
-    if mode != "packed":
-        affine = [parameter[:, :4].contiguous() for parameter in affine]
-    where = (
-        None if mask is None else mask.bool().reshape(-1),
-        None if cu_seqlens is None else cu_seqlens.int(),
-        0 if mode == "packed" else 4,
-        1e-5,
-    )
-    arguments = (hidden, student, [0, 2], weight, bias, *affine, *where, 3.0, True, backend)
+    hidden, student, gates, where = operands(case, case.build(torch.float32))
+    arguments = (hidden, student, [0, 2], *gates, *where, 1e-5, 3.0, True, backend)
     torch.library.opcheck(ops.chain_loss_forward, arguments)
     losses, factor, *kept = ops.chain_loss_forward(*arguments)
     for needs in ((True, True, True), (True, False, False)):
         torch.library.opcheck(
             ops.chain_loss_backward,
-            (losses, factor, hidden, student, [0, 2], weight, *affine, *kept, *where, *needs, backend),
+            (losses, factor, hidden, student, [0, 2], gates[0], *gates[2:], *kept, *where, 1e-5, *needs, backend),
         )
 
 
