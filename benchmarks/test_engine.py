@@ -12,12 +12,14 @@ from workloads import SIZES, Workload, load, sample
 
 BASE = {"precision": "bfloat16", "padding": "longest", "multiple": None, "option": None}
 PYTORCHS = "PyTorch's own dropout, attention and linear layers on a CPU"
+COMPILED = "encoders compiled"
 OPTIONS = {
     "as training runs it, no cache": {},
     **({} if ON_GPU else {PYTORCHS: {}}),
     "float32": {"precision": "float32"},
     "widths rounded up to 8": {"multiple": 8},
     "packed": {"padding": "packed"},
+    COMPILED: {},
     CACHED: {"option": CACHED},
     GRAPHS: {"option": GRAPHS},
 }
@@ -33,15 +35,21 @@ def examples():
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option(measure, examples, name):
+def test_option(measure, full, examples, name):
     if name == GRAPHS and not ON_GPU:
         pytest.skip("CUDA graphs take a GPU")
+    if name == COMPILED and not full:
+        pytest.skip("with --full: two minutes of compiling")
     chosen = BASE | OPTIONS[name]
     size = SIZES["base" if ON_GPU else "minilm"]
 
     def make(workload: Workload) -> Runner:
         precision, padding, option, multiple = (chosen[key] for key in ("precision", "padding", "option", "multiple"))
-        return ours(size, precision, padding, True, option, workload, multiple)
+        runner = ours(size, precision, padding, True, option, workload, multiple)
+        if name == COMPILED:
+            for model in (runner.step.student, runner.step.teacher):
+                model.base_model.compile(dynamic=True)
+        return runner
 
     with patch("lad_fast.models.faster_forward", lambda model: nullcontext()) if name == PYTORCHS else nullcontext():
         check_outcome(make, size, "longest", True, chosen["precision"])
