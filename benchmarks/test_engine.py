@@ -26,7 +26,7 @@ OPTIONS = {
 BASELINE = next(iter(OPTIONS))
 
 
-NUM_STEPS = 6
+NUM_STEPS = 5
 
 
 @pytest.fixture(scope="module")
