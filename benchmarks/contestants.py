@@ -113,14 +113,14 @@ class Outcome(NamedTuple):
 
 
 def outcome(make_runner: Callable[[Workload], Runner]) -> Outcome:
-    """Several steps over one small batch: a cache is read from the second on, a graph replayed from the fourth."""
+    """Steps over one small batch: a cache is read from the second on, a graph (on a GPU) replayed from the fourth."""
     few = made_up(4)
     runner = make_runner(few)
     student = runner.step.student
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    losses = torch.stack([torch.as_tensor(loss).cpu() for _ in range(4) for loss in runner.run(few)])
+    losses = torch.stack([torch.as_tensor(loss).cpu() for _ in range(4 if ON_GPU else 2) for loss in runner.run(few)])
     states = getattr(runner.step, "optimizer", None) or runner.step.optimizers[0]
     return Outcome(losses, {name: states.state[p]["exp_avg"].cpu() for name, p in student.named_parameters()})
 

@@ -63,11 +63,13 @@ def median_seconds(function: Callable[[], object]) -> float:
 
 
 def plan_rounds(function: Callable[[], object], least_seconds: float = 0.02) -> tuple[int, int]:
-    """Calls a round, so that one takes ``least_seconds`` (100 at most), and rounds: 5. Warms the function up."""
+    """Calls a round, so that one takes ``least_seconds`` (100 at most), and rounds: 5, or 3 where a call takes over
+    1.5 s. Warms the function up.
+    """
     seconds = seconds_of(function)
     if seconds < 1:
         seconds = max(seconds_of(function), 1e-6)
-    return max(1, min(100, round(least_seconds / seconds))), 5
+    return max(1, min(100, round(least_seconds / seconds))), 3 if seconds > 1.5 else 5
 
 
 def rotating(functions: list[Callable[[], object]]) -> Callable[[], object]:

@@ -6,6 +6,7 @@ Where the real texts are absent, sentences are made up whose lengths are drawn f
 machine without the data measures real lengths all the same.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -97,6 +98,7 @@ class Workload:
             yield found.texts[rows], None if pairs is None else pairs[rows], found.labels[rows].tolist()
 
 
+@functools.cache
 def load(task: str) -> Workload:
     """A task's real training examples; made-up ones of the recorded lengths where they are absent."""
     folder = package_folder(SIZES["minilm"])
