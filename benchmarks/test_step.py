@@ -123,7 +123,8 @@ def test_epoch(measure, roofs, full, size, task, name):
     precision = name.split(", ")[1]
     row = measure(
         lambda: runner.run(examples), table="epoch", contestant=name, dtype=precision, baseline=PUBLISHED,
-        case=f"{task}, {describe(size)}", rounds=3 if (task, name) == ("mrpc", PUBLISHED) else 5, parts=num_batches, profiled=False,
+        case=f"{task}, {describe(size)}", rounds=3 if (task, name) == ("mrpc", PUBLISHED) else 5, parts=num_batches,
+        profiled=False,
         texts="real" if whole.is_real else "made up", sampled_batches=num_batches, epoch_steps=epoch_steps,
     )  # fmt: skip
     if "median_s" in row:
