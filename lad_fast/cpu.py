@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from lad_fast.kernels import launch as lc
 
@@ -42,11 +43,16 @@ class FasterOnCPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def faster_forward(model: nn.Module) -> AbstractContextManager:
-    """:class:`FasterOnCPU` for a model on a CPU, unless it is compiled: nothing then."""
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return FasterOnCPU() if on_cpu and not is_compiled else nullcontext()
+def faster_forward(model: PreTrainedModel) -> AbstractContextManager:
+    """:class:`FasterOnCPU` for a model on a CPU that runs as it is: neither compiled nor with checkpointed gradients.
+
+    A checkpoint runs its part again in backward, where the context has ended and PyTorch draws another dropout.
+    """
+    as_it_is = not any(
+        getattr(module, "gradient_checkpointing", False) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    return FasterOnCPU() if model.device.type == "cpu" and as_it_is else nullcontext()
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
@@ -58,7 +64,9 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor | None:
-    if not 0 < dropout_p < 1 or is_causal or enable_gqa or not _is_plain(query) or query.dim() != 4:
+    if not 0 < dropout_p < 1 or is_causal or enable_gqa or not all(map(_is_plain, (query, key, value))):
+        return None
+    if query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return None
     if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.requires_grad):
         return None
@@ -70,7 +78,9 @@ def _attention(
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     # Half types already go to oneDNN.
-    if x.dtype != torch.float32 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not _is_plain(x):
+    if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if not all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias))):
         return None
     if lc.onednn_linear(x) is None or not x.numel():
         return None
@@ -81,7 +91,9 @@ _REPLACEMENTS = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.layout == torch.strided and x.is_floating_point()
+    """Whether a tensor is what it looks like: no subclass, such as a quantized or distributed weight."""
+    is_strided = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    return is_strided and x.device.type == "cpu" and x.is_floating_point()
 
 
 def _keep(shape: torch.Size, p: float) -> Tensor:

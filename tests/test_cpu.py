@@ -3,10 +3,12 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_fast import cpu
@@ -247,6 +249,34 @@ def test_a_compiled_model_is_left_alone():
     assert isinstance(faster_forward(model), FasterOnCPU)
     model.bert.compile(backend="eager")
     assert not isinstance(faster_forward(model), FasterOnCPU)
+
+
+def test_checkpointed_gradients_are_those_of_the_forwards_dropout():
+    """Each checkpoint runs again in backward, and has to drop what the forward dropped."""
+    model = classifier(0.2)
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        assert isinstance(faster_forward(model), FasterOnCPU) is not checkpointed
+        model.zero_grad()
+        torch.manual_seed(5)
+        logits = run_model(model, batch())[0] if checkpointed else model(**batch()).logits
+        logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+class Marked(torch.Tensor):
+    """A subclass, as quantized and distributed weights are."""
+
+
+def test_subclasses_are_left_to_pytorch():
+    weight, x = torch.randn(3, 4).as_subclass(Marked), torch.randn(2, 4)
+    with FasterOnCPU():
+        assert type(F.linear(x, weight)) is Marked
+        assert type(F.dropout(x.as_subclass(Marked), 0.5)) is Marked
 
 
 FAULTS = """
