@@ -164,5 +164,5 @@ def test_first_step(measure):
 
     measure(
         start, table="start", case="process to end of first step", contestant="ours, float32",
-        rounds=2, profiled=False,
+        rounds=5, profiled=False,
     )  # fmt: skip

@@ -52,7 +52,7 @@ class _Groups:
 
 # A view costs as much as a tenth of a small product: none is made where it would be the tensor itself.
 def _head(affine: Tensor, length: int) -> Tensor:
-    return affine if len(affine) == length else affine[:length]
+    return affine if affine.shape[0] == length else affine[:length]
 
 
 def _rows(values: Tensor, rows: slice) -> Tensor:
