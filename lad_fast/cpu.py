@@ -200,5 +200,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 1 << 30))  # 32 MiB is glibc's most
+    trim_threshold, mmap_max = -1, -4
+    # No mapping of its own for any block, which would go back to the system; and up to 1 GiB free at the heap's end.
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 1 << 30))
