@@ -287,7 +287,7 @@ if sys.argv[1] == "keep" and not keep_freed_memory():
 for _ in range(3):
     torch.ones(10 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(40):
     torch.ones(10 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -301,6 +301,7 @@ def test_freed_memory_is_kept():
             pytest.skip("not glibc")
         return int(run.stdout)
 
-    # Ten times 40 MiB, above the size from which glibc maps each block anew: 10240 pages each.
-    assert faults("keep") < 10240
-    assert faults("return") > 9 * 10240
+    # Forty times 40 MiB, above the size from which glibc maps each block anew: 10240 pages each. Kept, the heap grows a
+    # few times more before a block finds its place.
+    assert faults("keep") < 20 * 10240
+    assert faults("return") > 39 * 10240
