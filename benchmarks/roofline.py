@@ -50,6 +50,9 @@ SHEETS = {
 }
 
 
+H200 = launch.Device("NVIDIA H200", "sm_90", multiprocessors=132, cooperative=True)
+
+
 def gate_flops(tokens: int, hidden_size: int, layers: int) -> int:
     """FLOP of the products that the chain needs, forward and backward: three a gate, but for the first one's input."""
     return 2 * tokens * hidden_size**2 * (3 * (layers - 1) - 1)
@@ -120,13 +123,31 @@ def _tensors(found) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _products(arguments: dict) -> int:
+    """Matrix products (T, D) x (D, D) of one launch of a chain kernel."""
+    if arguments.get("PRODUCT") == "matmul":
+        return arguments["last"] - arguments["first"]
+    stages, top = arguments.get("STAGES"), arguments.get("top")
+    if stages == "all":
+        return (top - 1 + arguments["NEED_LAYERS"]) + top * arguments["RECOMPUTE"]
+    if stages == "product":
+        position = top - arguments["first"] // 2
+        needed = position < top and (position > 0 or arguments["NEED_LAYERS"])
+        return needed + (arguments["RECOMPUTE"] and position > 0)
+    return 0
+
+
 @contextlib.contextmanager
-def tracing() -> Iterator[Trace]:
-    """Record what runs inside, also within this library's operators; its Triton kernels are noted and not run."""
+def tracing(gpu: launch.Device = H200, settings: launch.ChainLaunch | None = None) -> Iterator[Trace]:
+    """Record what runs inside, also within this library's operators; its Triton kernels are noted and not run.
+
+    They are launched as on ``gpu``, the chain's by ``settings`` where given.
+    """
     trace = Trace()
 
     def note(kernel, grid, **arguments) -> None:
-        trace.kernels.append((kernel.__name__, 0, sum(t.nbytes for t in _tensors(arguments))))
+        flops = 2 * arguments["T"] * arguments["D"] ** 2 * _products(arguments) if "D" in arguments else 0
+        trace.kernels.append((kernel.__name__, flops, sum(t.nbytes for t in _tensors(arguments))))
 
     with contextlib.ExitStack() as stack:
         # An operator registered with torch is one opaque entry; its plain function shows what it is made of.
@@ -137,7 +158,10 @@ def tracing() -> Iterator[Trace]:
         stack.enter_context(patch.object(functional, "_check_labels", lambda *arguments: None))
         stack.enter_context(patch.object(launch, "launch", note))
         stack.enter_context(patch.object(launch, "why_not_triton", lambda device: None))
-        stack.enter_context(patch.object(launch, "architecture", lambda device: "sm_90"))  # tile sizes
+        stack.enter_context(patch.object(launch, "gpu", lambda device: gpu))  # tiles and forms
+        stack.enter_context(patch.object(launch, "interpreted", lambda: False))
+        if settings:
+            stack.enter_context(patch.object(launch, "chain", lambda *rest: settings))
         stack.enter_context(_Recorder(trace))
         yield trace
 
@@ -145,10 +169,19 @@ def tracing() -> Iterator[Trace]:
 VARIANTS = ("reference", "published", "torch", "triton")
 
 
-def trace_objective(variant: str, tokens: int, hidden_size: int, layers: int, dtype: str, seq_len: int = 128) -> Trace:
+def trace_objective(
+    variant: str,
+    tokens: int,
+    hidden_size: int,
+    layers: int,
+    dtype: str,
+    seq_len: int = 128,
+    settings: launch.ChainLaunch | None = None,
+) -> Trace:
     """One forward and backward of the objective, with half as many student layers as the teacher has.
 
     Tensors are on the CPU. States are of ``dtype``, as on a GPU; the published form is float32 whatever is asked.
+    ``settings`` say in which form "triton" launches the chain.
     """
     torch.manual_seed(0)
     dtype = torch.float32 if variant == "published" else DTYPES[dtype]
@@ -164,7 +197,7 @@ def trace_objective(variant: str, tokens: int, hidden_size: int, layers: int, dt
         with tracing() as trace:
             published_objective(*inputs, highway, objective.layers)
         return trace
-    with tracing() as trace:
+    with tracing(settings=settings) as trace:
         objective(*inputs, backend=variant).loss.backward()
     return trace
 

@@ -58,7 +58,7 @@ def _affine(norm_weight: Tensor) -> Tensor:
 
 
 def _forward(
-    hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates,
+    hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep,
     visit: Callable[[int, Block, Tensor], None],
 ) -> list[Tensor]:  # fmt: skip
     """Run n gates; returns their values, n tensors (T, D), or none where not kept. ``visit`` gets each position of
@@ -69,15 +69,15 @@ def _forward(
     weights = [lc.laid_out_for(len(hidden[0]), gate_weight) for gate_weight in weight]
     parameters = list(zip(weights, bias.to(weight.dtype), norm_weight, norm_bias, strict=True))  # views once
     # One tensor a gate: a single one is so large that the allocator would return it to the system after each step.
-    gates = [weight.new_empty(hidden[0].shape) for _ in range(num_gates if keep_gates else 0)]
+    gates = [weight.new_empty(hidden[0].shape) for _ in range(num_gates if keep == "gates" else 0)]
     for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
         state = hidden[0][block.rows].to(norm_weight.dtype)
         visit(0, block, state)
         for i, (gate_weight, gate_bias, *affine) in enumerate(parameters):
             gate = _linear(state.to(weight.dtype), gate_weight, gate_bias, "sigmoid")
-            if keep_gates and len(gate) == len(gates[i]):
+            if gates and len(gate) == len(gates[i]):
                 gates[i] = gate
-            elif keep_gates:
+            elif gates:
                 gates[i][block.rows] = gate
             _, state, _ = _step(block, state, hidden[i + 1], gate, *affine, eps)
             visit(i + 1, block, state)
@@ -85,7 +85,7 @@ def _forward(
 
 
 def _backward(
-    hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top: int, need_hidden,
+    hidden, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top: int, need_hidden,
     need_parameters, add_gradient: Callable[[int, Block, Tensor, Tensor | None], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the hidden states, weight, bias, norm_weight and norm_bias; empty where not needed.
@@ -110,9 +110,13 @@ def _backward(
     if need_parameters:
         affine_grads = list(zip(_affine(grad_norm_weight), _affine(grad_norm_bias), strict=True))
     for block in blocks(hidden[0], parameters[0][1], row_mask, cu_seqlens, seq_len, per_token):
-        states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
+        states, steps, block_gates = [hidden[0][block.rows].to(norm_weight.dtype)], [], []
         for i in range(top):
-            gate = gates[i][block.rows]
+            if gates:
+                gate = gates[i][block.rows]
+            else:
+                gate = _linear(states[i].to(weight.dtype), weight[i], bias[i].to(weight.dtype), "sigmoid")
+            block_gates.append(gate)
             blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
             states.append(state)
             steps.append((blend, statistics))
@@ -122,7 +126,7 @@ def _backward(
             state, (blend, statistics) = states.pop(), steps.pop()
             transposed, *affine = parameters[i]
             if need_hidden or need_parameters:
-                gate = gates[i][block.rows].to(blend.dtype)
+                gate = block_gates.pop().to(blend.dtype)
                 grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
                 if need_hidden:
                     grad_hidden[i + 1, block.rows] = grad_blend * gate
@@ -143,7 +147,7 @@ def _backward(
 
 
 def aggregate_forward(
-    hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates
+    hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep
 ) -> tuple[Tensor, list[Tensor]]:
     """Aggregates (n, T, D) and gates; see :func:`lad_fast.kernels.ops.aggregate_forward`."""
     aggregates = hidden[0].new_empty((len(weight), *hidden[0].shape))
@@ -153,13 +157,13 @@ def aggregate_forward(
             aggregates[position - 1, block.rows] = state
 
     gates = _forward(
-        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, store
+        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, store
     )
     return aggregates, gates
 
 
 def aggregate_backward(
-    grads, hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, need_hidden,
+    grads, hidden, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, need_hidden,
     need_parameters,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`lad_fast.kernels.ops.aggregate_backward`."""
@@ -173,33 +177,37 @@ def aggregate_backward(
 
     top = max(i + 1 for i, grad in enumerate(grads) if grad is not None)
     return _backward(
-        hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top, need_hidden,
+        hidden, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, top, need_hidden,
         need_parameters, add_gradient,
     )  # fmt: skip
 
 
 def chain_loss_forward(
     hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
-    keep_gates,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Losses (K,), the gradient's factor and gates; see :func:`lad_fast.kernels.ops.chain_loss_forward`."""
+    keep,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    """Losses (K,), the gradient's factor, differences and gates; see
+    :func:`lad_fast.kernels.ops.chain_loss_forward`."""
     sums = [[] for _ in student]
+    differences = [torch.empty_like(h) for h in student] if keep == "differences" else []
 
     def compare(position: int, block: Block, state: Tensor) -> None:
         for k, target in enumerate(targets):
             if target == position:
-                sums[k].append(F.mse_loss(_compared(student[k], block, state.dtype), state, reduction="sum"))
+                compared = _compared(student[k], block, state.dtype)
+                sums[k].append(F.mse_loss(compared, state, reduction="sum"))
+                if differences:
+                    differences[k][block.rows] = compared - state
 
-    gates = _forward(
-        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, compare
-    )
+    gates = _forward(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, compare)
     factor = _loss_factor(student[0], row_mask, loss_weight)
-    return torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2), factor, gates
+    losses = torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2)
+    return losses, factor, differences, gates
 
 
 def chain_loss_backward(
-    grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps,
-    need_student, need_hidden, need_parameters,
+    grad, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len,
+    eps, need_student, need_hidden, need_parameters,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`lad_fast.kernels.ops.chain_loss_backward`."""
     grad_student = [torch.empty_like(h) for h in student] if need_student else []
@@ -218,8 +226,8 @@ def chain_loss_backward(
         return carry
 
     grad_hidden, *grad_parameters = _backward(
-        hidden, weight, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, max(targets), need_hidden,
-        need_parameters, add_gradient,
+        hidden, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len, eps, max(targets),
+        need_hidden, need_parameters, add_gradient,
     )  # fmt: skip
     return grad_student, grad_hidden, *grad_parameters
 

@@ -35,9 +35,21 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _new_gates(state: Tensor, weight: Tensor, keep_gates: bool, backend: str) -> list[Tensor]:
-    dtype = weight.dtype if backend == "torch" else state.dtype
-    return [torch.empty_like(state, dtype=dtype) for _ in range(len(weight) if keep_gates else 0)]
+KEEP = ("nothing", "differences", "gates", "states")
+"""What a forward keeps for its backward: ``student - aggregate``, all that a student alone needs; the gates' values;
+or none of those, and backward makes the gates again from the aggregates."""
+
+
+def _new_gates(state: Tensor, weight: Tensor, keep: str, backend: str) -> list[Tensor]:
+    if keep != "gates":
+        return []
+    if backend == "torch":
+        return [torch.empty_like(state, dtype=weight.dtype) for _ in weight]
+    return [state.new_empty((len(weight), *state.shape))]
+
+
+def _new_states(state: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return state.new_empty((len(weight) + (backend != "torch"), *state.shape))
 
 
 def _new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend) -> tuple[Tensor, Tensor]:
@@ -69,7 +81,7 @@ def aggregate_forward(
     cu_seqlens: Tensor | None,
     seq_len: int,
     eps: float,
-    keep_gates: bool,
+    keep: str,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Run n gates.
@@ -80,28 +92,28 @@ def aggregate_forward(
         bias: (n, D) float32. norm_weight, norm_bias: (n, S, D) or (n, D) float32.
         row_mask: (T,) bool, False for padding. cu_seqlens: (E + 1,) int32.
         seq_len: rows of an example; 0 where ``cu_seqlens`` says.
-        keep_gates: whether a backward follows.
+        keep: one of :data:`KEEP` but "differences".
 
     Returns:
-        aggregates (n, T, D), n gates (T, D) or none, mean and rstd (n, groups). "torch" keeps gates in the
-        products' dtype and no statistics: (n, 0).
+        aggregates, gates, mean and rstd (n, groups). "triton" puts the chain's start before the n aggregates, and all
+        gates in one tensor (n, T, D). "torch" has n gates (T, D) in the products' dtype and no statistics: (n, 0).
     """
-    chain = (hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates)
+    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
             empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-            return *eager.aggregate_forward(*chain), *empty
-        from lad_fast.kernels.chain import aggregate_forward
+            return *eager.aggregate_forward(hidden, *chain, keep), *empty
+        from lad_fast.kernels.chain import forward
 
-        return aggregate_forward(*chain)
+        out = forward(hidden, [], [], *chain, 0.0, keep)
+        return out.states, out.gates, out.mean, out.rstd
 
 
 @aggregate_forward.register_fake
-def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, backend):
-    state = hidden[0]
-    aggregates = state.new_empty((len(weight), *state.shape))
-    gates = _new_gates(state, weight, keep_gates, backend)
-    return aggregates, gates, *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend)
+def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, backend):
+    statistics = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
+    aggregates = _new_states(hidden[0], weight, backend)
+    return aggregates, _new_gates(hidden[0], weight, keep, backend), *statistics
 
 
 @torch.library.custom_op("lad_fast::aggregate_backward", mutates_args=())
@@ -109,6 +121,7 @@ def aggregate_backward(
     grads: list[Tensor | None],
     hidden: list[Tensor],
     weight: Tensor,
+    bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     aggregates: Tensor | None,
@@ -138,20 +151,21 @@ def aggregate_backward(
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
             return eager.aggregate_backward(
-                grads, hidden, weight, norm_weight, norm_bias, gates, *where, eps, need_hidden, need_parameters
+                grads, hidden, weight, bias, norm_weight, norm_bias, gates, *where, eps, need_hidden, need_parameters
             )
         from lad_fast.kernels import chain
 
-        return chain.aggregate_backward(
-            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *where, need_hidden,
-            need_parameters,
+        _, *gradients = chain.backward(
+            grads, None, None, hidden, [], [], weight, bias, norm_weight, norm_bias, aggregates, gates, mean, rstd,
+            *where, False, need_hidden, need_parameters,
         )  # fmt: skip
+        return tuple(gradients)
 
 
 @aggregate_backward.register_fake
 def _(
-    grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len, eps,
-    need_hidden, need_parameters, backend,
+    grads, hidden, weight, bias, norm_weight, norm_bias, aggregates, gates, mean, rstd, row_mask, cu_seqlens, seq_len,
+    eps, need_hidden, need_parameters, backend,
 ):  # fmt: skip
     return tuple(_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters))
 
@@ -164,37 +178,38 @@ def _gate_by_gate(parameter: Tensor) -> Tensor:
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep_gates, backend,
+        ctx, wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend,
         weight, bias, norm_weight, norm_bias, *hidden,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         hidden = [h.contiguous() for h in hidden]
         aggregates, gates, mean, rstd = aggregate_forward(
-            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep_gates, backend,
+            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, backend,
         )  # fmt: skip
         ctx.wanted, ctx.seq_len, ctx.eps, ctx.backend = wanted, seq_len, eps, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            row_mask, cu_seqlens, weight, norm_weight, norm_bias, None if backend == "torch" else aggregates, mean,
-            rstd, *hidden, *gates,
+            row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, None if backend == "torch" else aggregates,
+            mean, rstd, *hidden, *gates,
         )  # fmt: skip
-        return tuple(aggregates[i] for i in wanted)
+        return tuple(aggregates[i - len(weight)] for i in wanted)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        row_mask, cu_seqlens, weight, norm_weight, norm_bias, aggregates, mean, rstd, *states = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        (row_mask, cu_seqlens, *parameters, aggregates, mean, rstd), states = saved[:9], saved[9:]
         needs_parameters, needs_hidden = ctx.needs_input_grad[8:12], ctx.needs_input_grad[12:]
         hidden, gates = states[: len(needs_hidden)], states[len(needs_hidden) :]
         nothing = (None,) * 8
         if all(grad is None for grad in grad_outputs):
             return *nothing, *(None,) * (4 + len(hidden))
-        grads: list[Tensor | None] = [None] * len(weight)
+        grads: list[Tensor | None] = [None] * len(parameters[0])
         for i, grad in zip(ctx.wanted, grad_outputs, strict=True):
             grads[i] = grad
         grad_hidden, *grad_parameters = aggregate_backward(
-            grads, hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd,
+            grads, hidden, *parameters, aggregates, gates, mean, rstd,
             row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_hidden), any(needs_parameters), ctx.backend,
         )  # fmt: skip
         return (
@@ -204,8 +219,14 @@ class _Aggregate(torch.autograd.Function):
         )
 
 
-def _keep_gates(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _keep(chain, student, keep_gates: bool) -> str:
+    """What of :data:`KEEP` the backward of a chain's inputs, and of student states, will need."""
+    if torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in chain):
+            return "gates" if keep_gates else "states"
+        if any(tensor.requires_grad for tensor in student):
+            return "differences"
+    return "nothing"
 
 
 def aggregate(
@@ -221,13 +242,13 @@ def aggregate(
     seq_len: int,
     eps: float,
     matmul_dtype: torch.dtype,
+    keep_gates: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Aggregates ``wanted`` (0 = behind the first gate) as (T, D) tensors; see :func:`aggregate_forward`."""
     inputs = (weight, bias, norm_weight, norm_bias, *hidden)
-    return _Aggregate.apply(
-        tuple(wanted), row_mask, cu_seqlens, seq_len, eps, matmul_dtype, _keep_gates(*inputs), backend, *inputs
-    )
+    keep = _keep(inputs, (), keep_gates)
+    return _Aggregate.apply(tuple(wanted), row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend, *inputs)
 
 
 @torch.library.custom_op("lad_fast::chain_loss_forward", mutates_args=())
@@ -244,9 +265,9 @@ def chain_loss_forward(
     seq_len: int,
     eps: float,
     loss_weight: float,
-    keep_gates: bool,
+    keep: str,
     backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """Run n gates and compare K student states with aggregates: :func:`aggregate_forward` and
     :func:`hidden_loss_forward` in one, so that no aggregate need outlive its use.
 
@@ -255,37 +276,35 @@ def chain_loss_forward(
         targets: for each, its position along the chain, from 0 (the chain's start) to n; distinct, n among them.
 
     Returns:
-        losses (K,), the factor (scalar) that the gradient needs, n gates (T, D) or none; aggregates, mean and rstd
-        as :func:`aggregate_forward` returns them, aggregates empty for "torch".
+        losses (K,), the factor ``2 * loss_weight / (real tokens * D)`` (scalar) that the gradient needs, differences
+        (K states like ``student``) and gates where kept; aggregates, mean and rstd as :func:`aggregate_forward`
+        returns them, aggregates empty for "torch" and where no backward reads them.
     """
-    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
+    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight, keep)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
-            result = eager.chain_loss_forward(hidden, student, targets, *chain, loss_weight, keep_gates)
             empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-            return *result, hidden[0].new_empty(0), *empty
-        from lad_fast.kernels.chain import aggregate_forward
+            return *eager.chain_loss_forward(hidden, student, targets, *chain), hidden[0].new_empty(0), *empty
+        from lad_fast.kernels.chain import forward
 
-        aggregates, gates, mean, rstd = aggregate_forward(hidden, *chain, keep_gates)
-        states = [hidden[0], *aggregates]
-        losses, factor = _hidden_loss(backend).hidden_loss_forward(
-            student, [states[i] for i in targets], row_mask, loss_weight
-        )
-        return losses, factor, gates, aggregates, mean, rstd
+        out = forward(hidden, student, targets, *chain)
+        states = out.states if keep in ("gates", "states") else out.states.new_empty(0)
+        return out.losses, out.factor, out.differences, out.gates, states, out.mean, out.rstd
 
 
 @chain_loss_forward.register_fake
 def _(
     hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
-    keep_gates, backend,
+    keep, backend,
 ):  # fmt: skip
-    state = hidden[0]
+    state, read = hidden[0], backend != "torch" and keep in ("gates", "states")
     losses = state.new_empty(len(student), dtype=statistics_dtype(student[0].dtype))
     return (
         losses,
         losses.new_empty(()),
-        _new_gates(state, weight, keep_gates, backend),
-        state.new_empty(0 if backend == "torch" else (len(weight), *state.shape)),
+        [torch.empty_like(h) for h in student] if keep == "differences" else [],
+        _new_gates(state, weight, keep, backend),
+        _new_states(state, weight, backend) if read else state.new_empty(0),
         *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend),
     )
 
@@ -298,6 +317,7 @@ def chain_loss_backward(
     student: list[Tensor],
     targets: list[int],
     weight: Tensor,
+    bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     gates: list[Tensor],
@@ -314,37 +334,25 @@ def chain_loss_backward(
     backend: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`chain_loss_forward`: of the student's states, then as :func:`aggregate_backward`."""
-    where = row_mask, cu_seqlens, seq_len
-    needs = need_hidden, need_parameters
+    chain = (weight, bias, norm_weight, norm_bias)
+    where, needs = (row_mask, cu_seqlens, seq_len), (need_student, need_hidden, need_parameters)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
             return eager.chain_loss_backward(
-                grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, *where, eps,
-                need_student, *needs,
-            )  # fmt: skip
-        from lad_fast.kernels import chain
+                grad, factor, hidden, student, targets, *chain, gates, *where, eps, *needs
+            )
+        from lad_fast.kernels.chain import backward
 
-        states = [hidden[0], *aggregates]
-        grad_student, grad_targets = _hidden_loss(backend).hidden_loss_backward(
-            grad.contiguous(), student, [states[i] for i in targets], row_mask, factor, need_student, any(needs)
-        )
-        if not any(needs):
-            return grad_student, *_new_gradients(hidden, weight, norm_weight, *needs)
-        grads: list[Tensor | None] = [None] * len(states)
-        for i, grad_target in zip(targets, grad_targets, strict=True):
-            grads[i] = grad_target
-        grad_hidden, *grad_parameters = chain.aggregate_backward(
-            grads[1:], hidden, weight, norm_weight, norm_bias, aggregates, gates, mean, rstd, *where, *needs
-        )
-        if need_hidden and grads[0] is not None:
-            grad_hidden[0] += grads[0]
-        return grad_student, grad_hidden, *grad_parameters
+        return backward(
+            [], grad, factor, hidden, student, targets, *chain, aggregates, gates, mean, rstd, *where,
+            *needs,
+        )  # fmt: skip
 
 
 @chain_loss_backward.register_fake
 def _(
-    grad, factor, hidden, student, targets, weight, norm_weight, norm_bias, gates, aggregates, mean, rstd, row_mask,
-    cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters, backend,
+    grad, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates, aggregates, mean, rstd,
+    row_mask, cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters, backend,
 ):  # fmt: skip
     grad_student = [torch.empty_like(h) for h in student] if need_student else []
     return grad_student, *_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters)
@@ -353,34 +361,45 @@ def _(
 class _ChainLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep_gates, backend,
+        ctx, targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep, backend,
         weight, bias, norm_weight, norm_bias, *states,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
-        losses, factor, gates, *kept = chain_loss_forward(
+        losses, factor, differences, gates, *kept = chain_loss_forward(
             hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens,
-            seq_len, eps, loss_weight, keep_gates, backend,
+            seq_len, eps, loss_weight, keep, backend,
         )  # fmt: skip
-        ctx.targets, ctx.seq_len, ctx.eps, ctx.backend = targets, seq_len, eps, backend
-        ctx.save_for_backward(row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *kept, *states, *gates)
+        ctx.targets, ctx.seq_len, ctx.eps, ctx.backend, ctx.keep = targets, seq_len, eps, backend, keep
+        if keep == "differences":
+            ctx.save_for_backward(factor, *differences)
+        else:
+            ctx.save_for_backward(
+                factor, row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, *kept, *states, *gates
+            )
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        row_mask, cu_seqlens, factor, weight, norm_weight, norm_bias, *rest = ctx.saved_tensors
         needs_parameters, needs_states = ctx.needs_input_grad[9:13], ctx.needs_input_grad[13:]
-        (aggregates, mean, rstd), rest = rest[:3], rest[3:]
-        states, gates = rest[: len(needs_states)], rest[len(needs_states) :]
         num_layers = len(ctx.targets)
         needs_student, needs_hidden = needs_states[:num_layers], needs_states[num_layers:]
+        if ctx.keep == "differences":
+            factor, *differences = ctx.saved_tensors
+            # In the factor's dtype: float16 has no number as small as the factor can be.
+            scaled = ((d.to(factor.dtype) * (g * factor)).to(d.dtype) for d, g in zip(differences, grad, strict=True))
+            grad_student = (g if needed else None for g, needed in zip(scaled, needs_student, strict=True))
+            return *(None,) * 13, *grad_student, *(None,) * len(needs_hidden)
+        factor, *saved = ctx.saved_tensors
+        (row_mask, cu_seqlens, *chain, aggregates, mean, rstd), saved = saved[:9], saved[9:]
+        states, gates = saved[: len(needs_states)], saved[len(needs_states) :]
         grad_student, grad_hidden, *grad_parameters = chain_loss_backward(
-            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, weight,
-            norm_weight, norm_bias, gates, aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps,
-            any(needs_student), any(needs_hidden), any(needs_parameters), ctx.backend,
+            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates, aggregates, mean, rstd,
+            row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student), any(needs_hidden), any(needs_parameters),
+            ctx.backend,
         )  # fmt: skip
         return (
             *(None,) * 9,
@@ -405,12 +424,14 @@ def chain_loss(
     eps: float,
     loss_weight: float,
     matmul_dtype: torch.dtype,
+    keep_gates: bool,
     backend: str,
 ) -> Tensor:
     """(K,) weighted mean squared errors between student states and aggregates; see :func:`chain_loss_forward`."""
-    inputs = (weight, bias, norm_weight, norm_bias, *student, *hidden)
+    chain = (weight, bias, norm_weight, norm_bias)
+    keep = _keep((*chain, *hidden), student, keep_gates)
     return _ChainLoss.apply(
-        targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, _keep_gates(*inputs), backend, *inputs
+        targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep, backend, *chain, *student, *hidden
     )
 
 

@@ -17,6 +17,7 @@ from lad_fast.kernels import launch, ops
 __all__ = ["fused_aggregate", "fused_distill_loss", "fused_hidden_loss"]
 
 BACKENDS = ("triton", "torch", "reference")
+MEMORY = ("auto", "low", "fast")
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -29,6 +30,7 @@ def fused_aggregate(
     *,
     reverse: bool | None = None,
     eps: float = 1e-5,
+    memory: str = "auto",
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Iterative aggregation of the teacher's layers by gate blocks (paper section 3.2).
@@ -50,6 +52,9 @@ def fused_aggregate(
             read on the host; there an example longer than the norm's ``seq_len`` comes back as NaN.
         reverse: run the chain from layer L down to 1; default: what ``gates`` says, False for plain tensors.
         eps: of the layer norm.
+        memory: "fast" keeps the gates' values for backward, L-1 tensors like a hidden state; "low" multiplies once
+            more instead, to the same gradients; "auto" is "low" where they would take a sixteenth of a GPU's memory.
+            "reference" pays no heed to it.
         backend: None, "triton", "torch" or "reference".
 
     Returns:
@@ -59,7 +64,7 @@ def fused_aggregate(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, layer index, bound or back end that does not fit.
     """
-    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend)
+    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
     if chain.backend == "reference":
         where = (attention_mask, chain.cu_seqlens)
         return reference.aggregate(
@@ -130,13 +135,14 @@ def chain_loss(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     weight: float = 1000.0,
     *,
+    memory: str = "auto",
     backend: str | None = None,
 ) -> Tensor:
     """(K,) terms of :func:`fused_hidden_loss` against :func:`fused_aggregate`, in one operator that keeps less.
 
     Arguments are those of the two; no layer stands twice in ``layers``.
     """
-    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, backend)
+    chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, memory, backend)
     positions = chain.positions()
     if chain.backend == "reference" or max(positions) == 0:
         aggregates = fused_aggregate(hidden_states, gates, layers, attention_mask, cu_seqlens, backend=backend)
@@ -226,6 +232,7 @@ class _Chain(NamedTuple):
     attention_mask: Tensor | None
     cu_seqlens: Tensor | None
     reverse: bool
+    memory: str
     backend: str
 
     def positions(self) -> list[int]:
@@ -258,6 +265,7 @@ class _Chain(NamedTuple):
             "seq_len": 0 if first.dim() == 2 else first.shape[1],
             "eps": eps,
             "matmul_dtype": _matmul_dtype(first),
+            "keep_gates": launch.keep_gates(self.memory, first, len(self.hidden_states) - 1),
             "backend": self.backend,
         }
 
@@ -267,13 +275,15 @@ def _first(parameter: Tensor, length: int, dim: int = 0) -> Tensor:
     return parameter if parameter.shape[dim] == length else parameter.narrow(dim, 0, length)
 
 
-def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend) -> _Chain:
+def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend) -> _Chain:
     hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
     first, num_layers = hidden_states[0], len(hidden_states)
     if reverse is None:  # a list of tensors has a method of that name
         reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
     gates = _check_gates(gates, first, num_layers)
     layers = _check_layers(layers, num_layers)
+    if memory not in MEMORY:
+        raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
     norm_weight = gates[2]
     seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
     backend = _check_backend(backend, first)
@@ -287,7 +297,7 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
         )
     if attention_mask is not None:
         _check_mask(attention_mask, first)
-    return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, backend)
+    return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:

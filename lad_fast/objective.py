@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, chain_loss, fused_distill_loss
+from lad_fast.functional import BACKENDS, MEMORY, chain_loss, fused_distill_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -36,6 +36,7 @@ class LADObjective(nn.Module):
         regression: squared errors on the logits instead of cross-entropies.
         student_hidden_size: hidden size of the student where it differs from the teacher's D: adds one linear
             projection a student layer to the teacher's size (``projections``).
+        memory: "auto", "low" or "fast"; see :func:`lad_fast.fused_aggregate`.
         backend: None, "triton", "torch" or "reference"; see :func:`lad_fast.fused_aggregate`.
 
     Raises:
@@ -52,6 +53,7 @@ class LADObjective(nn.Module):
         hidden_weight: float = 1000.0,
         regression: bool = False,
         student_hidden_size: int | None = None,
+        memory: str = "auto",
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -69,9 +71,12 @@ class LADObjective(nn.Module):
             raise ValueError(f"student_hidden_size is {student_hidden_size}; it takes an integer of at least 1")
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
+        if memory not in MEMORY:
+            raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
         self.gates = gates
         self.num_student_layers = num_student_layers
-        self.temperature, self.regression, self.backend = temperature, regression, backend
+        self.temperature, self.regression = temperature, regression
+        self.memory, self.backend = memory, backend
         self.soft_weight, self.hard_weight, self.hidden_weight = soft_weight, hard_weight, hidden_weight
         skip = gates.num_layers // num_student_layers
         self.layers = tuple(range(skip - 1, gates.num_layers, skip))[:num_student_layers]
@@ -127,7 +132,7 @@ class LADObjective(nn.Module):
             ]
         hidden_losses = chain_loss(
             student_hidden_states, teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens,
-            self.hidden_weight, backend=backend,
+            self.hidden_weight, memory=self.memory, backend=backend,
         )  # fmt: skip
         logits_loss = fused_distill_loss(
             student_logits, teacher_logits, labels, self.temperature, self.soft_weight, self.hard_weight,

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForSequenceClassification
 from workloads import Size
 
+from lad_fast.kernels import launch
+
 ROOFS = Roofs(1e9, dict.fromkeys(DTYPES, 1e9))
 
 
@@ -41,6 +43,24 @@ def test_published_form_waits_at_every_gate_and_loss():
 def test_triton_launches_far_fewer_kernels():
     triton, reference = (trace_objective(name, 64, 32, 4, "float32", seq_len=16) for name in ("triton", "reference"))
     assert 0 < len(triton.kernels) < len(reference.kernels) / 2
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "launches"),
+    (("persistent", "persistent", 4), ("triton", "persistent", 25), ("cublas", "persistent", 36)),
+)
+def test_launches_of_the_objective(forward, backward, launches):
+    """L 12, both passes and all losses: 4 where the chain is one launch a pass, at most 3 a gate and 3 elsewhere."""
+    settings = launch.settings(forward, backward, launch.GEMM["sm_90", "half"][0], multiprocessors=132)
+    trace = trace_objective("triton", 4096, 768, 12, "bfloat16", settings=settings)
+    large = [name for name, _, size in trace.kernels if name.endswith("_kernel") or name in ("addmm", "bmm")]
+    assert len(large) == launches <= 3 * 11 + 3
+    assert trace.flops == gate_flops(4096, 768, 12)
+    # The rest: the weights' cast, counters that a GPU keeps, operands that a CPU's product takes in float32, and
+    # scalar work of the losses.
+    rest = [(name, size) for name, _, size in trace.kernels if name not in large]
+    assert {name for name, size in rest if size > 4 * 4096} <= {"_to_copy"}
+    assert len(rest) <= 11 + 22 * (forward == "cublas")
 
 
 def test_no_variant_is_faster_than_the_ideal():

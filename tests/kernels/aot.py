@@ -1,182 +1,363 @@
 """Compile every Triton kernel for GPUs that are not here and print what the compiler made of it.
 
-    python tests/kernels/aot.py [--architecture sm_90] [--json FILE]
+    python tests/kernels/aot.py [--architecture sm_90] [--precision bfloat16] [--json FILE]
+    python tests/kernels/aot.py --markdown [--write docs/kernels.md]   # worst case over the modes
 
 The launchers run as in training, on small CPU tensors with D = 768, but ``launch`` compiles what it is given,
 with the launch settings of the named architecture, instead of running it. Run without TRITON_INTERPRET.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import jit
 
 from lad_fast.kernels import chain, hidden_loss, launch, logit_loss
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+
+@dataclass(frozen=True)
+class Architecture:
+    """What Triton compiles for, and what a multiprocessor (AMD: compute unit) can hold; memory in bytes.
+
+    The rest is the same everywhere: four partitions with 512 registers a lane, given out by eights, and 32 blocks.
+    """
+
+    target: GPUTarget
+    matrix_instruction: str
+    warps: int  # of a partition
+    shared: int
+    shared_granule: int
+    shared_reserved: int  # by the system, from every block
+    shared_limit: int  # of a block
+
+
+KIB = 1024
+ARCHITECTURES = {
+    # sm_80's launch settings also serve 8.6, 8.9 and 12.0: their limit counts.
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), r"\bmma\.sync", 16, 164 * KIB, 128, KIB, 99 * KIB),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), r"\bwgmma\.mma_async", 16, 228 * KIB, 128, KIB, 227 * KIB),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), r"\btcgen05\.mma", 16, 228 * KIB, 128, KIB, 227 * KIB),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", 8, 64 * KIB, 512, 0, 64 * KIB),
 }
-# Shared memory a block may have, in bytes. sm_80's rows also serve 8.6, 8.9 and 12.0: their limit counts.
-SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX_INSTRUCTION = {
-    "sm_80": r"\bmma\.sync", "sm_90": r"\bwgmma\.mma_async", "sm_100": r"\btcgen05\.mma", "gfx942": r"\bv_mfma_",
-}  # fmt: skip
-GEMM_KERNELS = ("_gate_fwd_kernel", "_gate_bwd_matmul_kernel")
+GEMM_KERNELS = ("_chain_fwd_kernel", "_chain_bwd_kernel")
 PRECISIONS = ("bfloat16", "float16", "autocast", "tf32", "ieee")
-TYPE_NAMES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-    torch.bool: "i1",
-}  # fmt: skip
+# Norm, padding, forms of forward and backward, what forward keeps, whether hidden states need gradients.
+CASES = (
+    ("sequence", "plain", "persistent", "persistent", "gates", False),
+    ("sequence", "packed", "triton", "triton", "states", True),
+    ("token", "masked", "cublas", "persistent", "gates", False),
+)
+EVERY_CASE = tuple(
+    (norm, mode, *forms, keep, need_hidden)
+    for norm, mode in itertools.product(("sequence", "token"), ("plain", "masked", "packed"))
+    for forms in (("persistent", "persistent"), ("triton", "triton"), ("cublas", "triton"))
+    for keep, need_hidden in (("gates", False), ("states", True))
+)
+MARKERS = ("<!-- aot: begin -->", "<!-- aot: end -->")
 
 
 @dataclass
-class Row:
+class Figures:
+    """What one compilation needs and does. Loads and stores are of global memory: instructions by bytes a thread."""
+
+    num_warps: int
+    registers: int  # a thread; AMD: its accumulation registers too
+    spilled_bytes: int
+    shared_bytes: int
+    resident_blocks: int  # that fit a multiprocessor
+    products: int  # matrix products in the source, where this launch has them
+    matrix_instructions: int
+    async_copies: int  # instructions that bring global memory to shared memory, past the registers
+    loads: dict[int, int]
+    stores: dict[int, int]
+    matrix_loops: int  # innermost loops with a matrix instruction
+    narrowest_in_loop: int | None  # bytes a thread of the smallest load or copy in those loops
+
+
+@dataclass
+class Row(Figures):
     """One compiled kernel."""
 
     kernel: str
     architecture: str
     precision: str
     mode: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    matrix_instructions: int
-    num_warps: int
+    asked_blocks: int  # that must fit a multiprocessor, since programs wait for one another; 1 where they do not
 
 
 def compile_launch(kernel, arguments: dict, architecture: str):
-    """What ``kernel[grid](**arguments)`` would compile on ``architecture``: Triton's own rules of specialisation."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        signature[parameter.name] = "constexpr"
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            constants[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    """What ``kernel[grid](**arguments)`` would compile on ``architecture``: Triton itself specialises and compiles."""
+    gpu = SimpleNamespace(
+        get_current_device=lambda: architecture,  # Triton keeps what it compiled by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: ARCHITECTURES[architecture].target,
+    )
+    with mock.patch.object(jit, "driver", SimpleNamespace(active=gpu)):
+        return kernel.warmup(grid=(1,), **arguments)
 
 
-def inspect(compiled, architecture: str) -> tuple[int, int, int]:
-    """Registers a thread, spilled bytes a thread, matrix instructions."""
+def access(line: str) -> tuple[str, int] | None:
+    """Kind and bytes a thread of an instruction that moves global memory; 0 bytes where it fetches a whole tile."""
+    if found := re.search(r"(?<![\w.])(ld|st)\.((?:[\w:]+\.)*)[a-z]+(\d+)\s", line):  # ld.global.L1::no_allocate.v4.b32
+        kind, qualifiers, bits = found.groups()
+        if "global" not in qualifiers.split("."):
+            return None
+        vector = re.search(r"\bv(\d)\.", qualifiers)
+        return {"ld": "load", "st": "store"}[kind], int(bits) // 8 * int(vector[1] if vector else 1)
+    if found := re.search(r"\bcp\.async\.c[ag]\.shared\S*\s+\[.*?\], \[.*?\], (\w+)", line):
+        return "copy", int(found[1], base=0)
+    if re.search(r"\bcp\.async\.bulk\.\S*shared::\w+\.global\b", line):
+        return "copy", 0
+    if found := re.search(r"\b(?:global|buffer|flat)_(load|store)_(lds_)?(?:dwordx?(\d?)|[us]?(byte|short))", line):
+        kind, to_shared, dwords, narrow = found.groups()
+        size = {"byte": 1, "short": 2}[narrow] if narrow else 4 * int(dwords or 1)
+        return ("copy" if to_shared or re.search(r"\blds\b", line) else kind), size
+    return None
+
+
+def read_assembly(text: str, matrix_instruction: str) -> dict:
+    """The figures that PTX or AMD's assembly tells. Which loop a block of it is in stands in LLVM's comments."""
+    moved = {"load": Counter(), "store": Counter(), "copy": Counter()}
+    read_in, parents = defaultdict(set), defaultdict(set)  # by a loop's first block
+    matrix, matrix_loops = 0, set()
+    label = loop = None
+    telling = re.compile(rf"BB\d|%bb|Loop|global|buffer_|flat_|cp\.async|{matrix_instruction}")
+    for line in filter(telling.search, text.splitlines()):
+        if block := re.match(r"\S*?(BB\d+_\d+):|\S+ %bb\.\d+:", line):
+            label, loop = block[1], None
+        if found := re.search(r"in Loop: Header=(\w+)", line):
+            loop = found[1]
+        elif re.search(r"=>\s*This (Inner )?Loop Header", line):
+            loop = label
+        elif found := re.search(r"Parent Loop (\w+)", line):
+            parents[label].add(found[1])
+        elif found := access(line):
+            kind, size = found
+            moved[kind][size] += 1
+            if kind != "store":
+                read_in[loop].add(size)
+        elif re.search(matrix_instruction, line):
+            matrix += 1
+            matrix_loops.add(loop)
+    # A loop around a product may hold its peeled first step, too: that is no loop over K.
+    matrix_loops -= {None}.union(*(parents[loop] for loop in matrix_loops))
+    return {
+        "matrix_instructions": matrix,
+        "async_copies": moved["copy"].total(),
+        "loads": dict(moved["load"]),
+        "stores": dict(moved["store"]),
+        "matrix_loops": len(matrix_loops),
+        "narrowest_in_loop": min((size for loop in matrix_loops for size in read_in[loop] if size), default=None),
+    }
+
+
+def resident_blocks(
+    architecture: str, num_warps: int, registers: int, shared_bytes: int, tensor_columns: int = 0
+) -> int:
+    """Blocks that one multiprocessor holds at once; ``tensor_columns`` are sm_100's tensor memory."""
+    limit = ARCHITECTURES[architecture]
+    warps = 4 * min(limit.warps, 64 // triton.cdiv(registers, 8))
+    shared = triton.cdiv(shared_bytes + limit.shared_reserved, limit.shared_granule) * limit.shared_granule
+    blocks = [32, warps // num_warps]
+    if shared:
+        blocks.append(limit.shared // shared)
+    if tensor_columns:
+        blocks.append(512 // tensor_columns)
+    return min(blocks)
+
+
+def inspect(compiled, architecture: str) -> Figures:
+    """What a compiled kernel needs and does."""
     if architecture == "gfx942":
         text = compiled.asm["amdgcn"]
-        figure = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
-        matrix = len(re.findall(MATRIX_INSTRUCTION[architecture], text))
-        return figure["vgpr_count"], 4 * figure["vgpr_spill_count"], matrix
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    # Triton keeps nothing on the stack, so stack and local memory are spills.
-    spilled = sum(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
-    matrix = len(re.findall(MATRIX_INSTRUCTION[architecture], compiled.asm["ptx"]))
-    return int(re.search(r"REG:(\d+)", usage)[1]), spilled, matrix
+        registers, spilled = (int(re.search(rf"\.{n}:\s*(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+        spilled *= 4
+    else:
+        text = compiled.asm["ptx"]
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        # Triton keeps nothing on the stack, so stack and local memory are spills.
+        spilled = sum(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+    metadata = compiled.metadata
+    tensor_columns = getattr(metadata, "tmem_size", None) or 0
+    return Figures(
+        num_warps=metadata.num_warps,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=metadata.shared,
+        resident_blocks=resident_blocks(architecture, metadata.num_warps, registers, metadata.shared, tensor_columns),
+        products=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        **read_assembly(text, ARCHITECTURES[architecture].matrix_instruction),
+    )
 
 
-def run_launchers(norm: str, mode: str, precision: str) -> None:
-    """Every launch of a training step with hidden states of the given precision."""
+def run_chain(norm: str, mode: str, keep: str, need_hidden: bool, dtype, matmul_dtype) -> None:
+    """Every launch of the chain, with a student at the chain's start and one at its end."""
     examples, length, hidden_size, gates = 4, 64, 768, 2
     num_tokens = examples * length
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
-    matmul_dtype = torch.bfloat16 if precision == "autocast" else dtype
-    hidden = [torch.randn(num_tokens, hidden_size).to(dtype) for _ in range(gates + 1)]
-    weight = torch.randn(gates, hidden_size, hidden_size).to(matmul_dtype)
-    bias = torch.zeros(gates, hidden_size)
-    affine = torch.ones(gates, length, hidden_size) if norm == "sequence" else torch.ones(gates, hidden_size)
-    row_mask = torch.ones(num_tokens, dtype=torch.bool) if mode == "masked" else None
-    cu_seqlens = torch.arange(0, num_tokens + 1, length, dtype=torch.int32) if mode == "packed" else None
-    seq_len = 0 if mode == "packed" else length
-    where = (row_mask, cu_seqlens, seq_len)
-    forward = chain.aggregate_forward(hidden, weight, bias, affine, affine, *where, 1e-5, True)
-    aggregates, kept, mean, rstd = forward
-    for need_hidden in (False, True):
-        chain.aggregate_backward(
-            list(aggregates), hidden, weight, affine, affine, aggregates, kept, mean, rstd, *where, need_hidden, True
-        )
-    student, targets = hidden[:1], list(aggregates[:1])
-    losses, factor = hidden_loss.hidden_loss_forward(student, targets, row_mask, 1.0)
-    hidden_loss.hidden_loss_backward(losses, student, targets, row_mask, factor, True, True)
-    logits = torch.randn(examples, 3).to(dtype)
-    labels = torch.zeros(examples, dtype=torch.int64)
+    hidden = [torch.empty(num_tokens, hidden_size, dtype=dtype) for _ in range(gates + 1)]
+    weight = torch.empty(gates, hidden_size, hidden_size, dtype=matmul_dtype)
+    affine = torch.empty(gates, *((length, hidden_size) if norm == "sequence" else (hidden_size,)))
+    parameters = (weight, torch.empty(gates, hidden_size), affine, affine)
+    where = (
+        torch.ones(num_tokens, dtype=torch.bool) if mode == "masked" else None,
+        torch.arange(0, num_tokens + 1, length, dtype=torch.int32) if mode == "packed" else None,
+        0 if mode == "packed" else length,
+    )
+    student, targets = hidden[:2], [0, gates]
+    out = chain.forward(hidden, student, targets, *parameters, *where, 1e-5, 1.0, keep)
+    chain.backward(
+        [], out.losses, out.factor, hidden, student, targets, *parameters, out.states, out.gates, out.mean, out.rstd,
+        *where, True, need_hidden, True,
+    )  # fmt: skip
+
+
+def run_losses(dtype) -> None:
+    """Every launch of the losses outside the chain."""
+    states, mask = [torch.empty(256, 768, dtype=dtype)], torch.ones(256, dtype=torch.bool)
+    losses, factor = hidden_loss.hidden_loss_forward(states, states, mask, 1.0)
+    hidden_loss.hidden_loss_backward(losses, states, states, mask, factor, True, True)
+    logits, labels = torch.empty(4, 3, dtype=dtype), torch.zeros(4, dtype=torch.int64)
     logit_loss.distill_loss_forward(logits, logits, labels, 10.0, 0.5, 0.5, False)
     logit_loss.distill_loss_forward(logits[:, :1], logits[:, :1], labels.float(), 10.0, 0.5, 0.5, True)
 
 
-def table(architectures, precisions) -> list[Row]:
-    """Compile all kernels in all modes; each distinct compilation is one row."""
-    rows, seen = [], set()
-    for architecture in architectures:
-        for precision in precisions:
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-            for norm, mode in (("sequence", "plain"), ("sequence", "packed"), ("token", "masked")):
+def table(architectures, precisions, cases=CASES) -> list[Row]:
+    """Compile all kernels in some cases, the chain's with each tile; of what compiles to the same, the first is a
+    row."""
+    rows, figures = [], {}
+    for architecture, precision in itertools.product(architectures, precisions):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+        matmul_dtype = torch.bfloat16 if precision == "autocast" else dtype
+        seen = set()
 
-                def record(
-                    kernel, grid, *, architecture=architecture, precision=precision, mode=f"{norm} {mode}", **arguments
-                ):
-                    compiled = compile_launch(kernel, arguments, architecture)
-                    if compiled.hash in seen:
-                        return
-                    seen.add(compiled.hash)
-                    registers, spilled, matrix = inspect(compiled, architecture)
-                    rows.append(
-                        Row(
-                            kernel.__name__, architecture, precision, mode, registers, spilled,
-                            compiled.metadata.shared, matrix, compiled.metadata.num_warps,
-                        )
-                    )  # fmt: skip
+        def record(kernel, grid, **arguments):
+            compiled = compile_launch(kernel, arguments, architecture)  # noqa: B023
+            if compiled.hash in seen:  # noqa: B023
+                return
+            seen.add(compiled.hash)  # noqa: B023
+            if compiled.hash not in figures:
+                figures[compiled.hash] = inspect(compiled, architecture)  # noqa: B023
+            asked = blocks[arguments["BLOCK_M"], arguments["BLOCK_N"]] if arguments.get("SYNC") else 1  # noqa: B023
+            names = {"architecture": architecture, "precision": precision, "mode": mode}  # noqa: B023
+            rows.append(Row(**vars(figures[compiled.hash]), kernel=kernel.__name__, **names, asked_blocks=asked))
 
-                with (
-                    mock.patch.object(launch, "launch", record),
-                    mock.patch.object(launch, "architecture", lambda device, name=architecture: name),
-                ):
-                    run_launchers(norm, mode, precision)
+        with mock.patch.object(launch, "launch", record):
+            mode = "-"
+            run_losses(dtype)
+            for tile in launch.GEMM[architecture, launch.kind(dtype, matmul_dtype)]:
+                for norm, padding, forward, backward, keep, need_hidden in cases:
+                    if architecture == "gfx942":  # see launch.gpu
+                        forward = backward = "triton"
+                    settings = launch.settings(forward, backward, tile, multiprocessors=100)
+                    blocks = {(t.block_m, t.block_n): t.blocks_per_sm for t in (settings.gemm, settings.epilogue)}
+                    mode = f"{norm} {padding}"
+                    with mock.patch.object(launch, "chain", lambda *rest, settings=settings: settings):
+                        run_chain(norm, padding, keep, need_hidden, dtype, matmul_dtype)
     return rows
+
+
+def by_width(accesses: dict[int, int]) -> str:
+    """Instructions by bytes a thread, as in "8x16 2x4": eight of 16 bytes, two of 4."""
+    return " ".join(f"{accesses[size]}x{size}" for size in sorted(accesses, reverse=True)) or "-"
+
+
+def text_table(rows: list[Row]) -> str:
+    """All rows, for a terminal."""
+    columns = {
+        "kernel": lambda r: r.kernel,
+        "target": lambda r: r.architecture,
+        "precision": lambda r: r.precision,
+        "mode": lambda r: r.mode,
+        "warps": lambda r: r.num_warps,
+        "regs": lambda r: r.registers,
+        "spill B": lambda r: r.spilled_bytes,
+        "shared B": lambda r: r.shared_bytes,
+        "blocks": lambda r: r.resident_blocks,
+        "asked": lambda r: r.asked_blocks,
+        "products": lambda r: r.products,
+        "matrix": lambda r: r.matrix_instructions,
+        "async": lambda r: r.async_copies,
+        "loop B": lambda r: "-" if r.narrowest_in_loop is None else r.narrowest_in_loop,
+        "loads n x B": lambda r: by_width(r.loads),
+        "stores n x B": lambda r: by_width(r.stores),
+    }
+    cells = [list(columns), *([str(cell(row)) for cell in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """A row a kernel, GPU and precision: the worst of its modes; launches without a product are not those with one.
+
+    Precisions with the same figures share a row.
+    """
+    modes = defaultdict(list)
+    for row in rows:
+        modes[row.kernel, row.architecture, row.precision, row.products > 0].append(row)
+    lines = defaultdict(list)
+    for (kernel, architecture, precision, _), group in modes.items():
+        in_loop = [row.narrowest_in_loop for row in group if row.narrowest_in_loop is not None]
+        figures = (
+            min(row.products for row in group),
+            max(row.registers for row in group),
+            triton.cdiv(max(row.shared_bytes for row in group), KIB),
+            min(row.resident_blocks for row in group),
+            min(row.matrix_instructions for row in group),
+            min(row.async_copies for row in group),
+            min(in_loop, default="-"),
+        )
+        lines[(f"`{kernel}`", architecture), figures].append(precision)
+    header = "kernel", "GPU", "precision", "products", "registers", "shared KiB", "blocks", "matrix", "async", "loop B"
+    cells = [header, ("---",) * 3 + ("---:",) * 7]
+    cells += [(*names, ", ".join(precisions), *figures) for (names, figures), precisions in lines.items()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+
+
+def replace_between(path: Path, markers: tuple[str, str], content: str) -> None:
+    """Put ``content`` between the markers of a file."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.index(markers[0]) + len(markers[0]), text.index(markers[1])
+    path.write_text(f"{text[:begin]}\n{content}\n{text[end:]}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--every-mode", action="store_true", help="each form in each mode: takes an hour")
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--markdown", action="store_true", help="print the short table that docs/kernels.md has")
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"put that table between {' and '.join(MARKERS)}")
     arguments = parser.parse_args()
     if launch.interpreted():
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    rows = table(arguments.architecture, arguments.precision)
-    names = ("kernel", "target", "precision", "mode", "regs", "spill B", "shared B", "matrix", "warps")
-    print("{:26}{:8}{:10}{:17}{:>5}{:>8}{:>9}{:>7}{:>6}".format(*names))
-    for r in rows:
-        print(
-            f"{r.kernel:26}{r.architecture:8}{r.precision:10}{r.mode:17}{r.registers:5}{r.spilled_bytes:8}"
-            f"{r.shared_bytes:9}{r.matrix_instructions:7}{r.num_warps:6}"
-        )
+    rows = table(arguments.architecture, arguments.precision, EVERY_CASE if arguments.every_mode else CASES)
+    print(markdown_table(rows) if arguments.markdown else text_table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if arguments.write:
+        replace_between(arguments.write, MARKERS, markdown_table(rows))
 
 
 if __name__ == "__main__":

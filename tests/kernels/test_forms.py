@@ -1,0 +1,196 @@
+"""The forms in which the chain can be launched: each against the float64 reference, and all against one another.
+
+Forms whose programs wait for one another run here with all programs of a launch at once, in several orders.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import TOLERANCE, Case, check, run, run_loss
+from interpreting import concurrent_programs
+
+import lad_fast
+from lad_fast.functional import chain_loss
+from lad_fast.kernels import launch
+
+pytest.importorskip("triton")
+FORMS = {
+    "triton": ("triton", "triton"),
+    "cublas": ("cublas", "triton"),
+    "persistent": ("persistent", "persistent"),
+}
+MODES = ("plain", "masked", "packed")
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """Launch the chain in one of :data:`FORMS`."""
+    forward, backward = FORMS[request.param]
+    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, forward=forward, backward=backward))
+    return request.param
+
+
+def same(ours: dict, others: dict) -> bool:
+    return all(value is None or torch.equal(value, others[name]) for name, value in ours.items())
+
+
+every_form = pytest.mark.parametrize("form", FORMS, indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [*((torch.float32, mode) for mode in MODES), (torch.bfloat16, "masked"), (torch.float16, "packed")],
+)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@every_form
+def test_equals_the_reference(form, norm, dtype, mode, poisoned_allocations):
+    """Several row tiles and column tiles; examples that lie across row tiles; a student at the chain's start."""
+    case = Case(batch=3, length=19, hidden_size=40, layers=3, wanted=(0, 2), norm=norm, mode=mode, seq_len=24)
+    inputs = case.build(dtype)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    with concurrent_programs():
+        check(run_loss(case, inputs, dtype, "triton"), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_form
+def test_aggregates_alone_and_their_gradients(form, mode, poisoned_allocations):
+    case = Case(batch=2, length=21, hidden_size=36, layers=3, wanted=(1, 2), mode=mode, seq_len=24)
+    inputs = case.build(torch.float32)
+    expected = run(case, inputs, torch.float64, "reference")
+    with concurrent_programs():
+        check(run(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+def test_forms_agree_to_the_last_bit_in_float32(norm, mode, monkeypatch):
+    """They run the same tiles in the same order. cuBLAS sums in an order of its own."""
+    case = Case(batch=3, length=20, hidden_size=40, layers=3, wanted=(1, 2), norm=norm, mode=mode, seq_len=24)
+    inputs = case.build(torch.float32)
+    results = []
+    for forward, backward in (FORMS["triton"], FORMS["persistent"], ("triton", "persistent")):
+        monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, forward=forward, backward=backward))
+        with concurrent_programs():
+            results.append(run_loss(case, inputs, torch.float32, "triton"))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize("order", ("backward", 1, 2, 3))
+@pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
+def test_no_order_of_programs_changes_a_bit(form, order):
+    case = Case(batch=2, length=40, hidden_size=40, layers=3, wanted=(0, 2), mode="masked", seq_len=40)
+    inputs = case.build(torch.float32)
+    with concurrent_programs():
+        expected = run_loss(case, inputs, torch.float32, "triton")
+    with concurrent_programs(order=order):
+        assert same(run_loss(case, inputs, torch.float32, "triton"), expected)
+
+
+@pytest.mark.parametrize(("norm", "length"), (("token", 50), ("sequence", 32), ("sequence", 16)))
+@pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
+def test_programs_take_several_row_tiles(form, norm, length, monkeypatch):
+    """Fewer programs at once than tiles: each takes one row tile after another through all gates."""
+    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, multiprocessors=5))
+    case = Case(batch=5, length=length, hidden_size=40, layers=3, wanted=(1, 2), norm=norm, seq_len=length)
+    inputs = case.build(torch.float32)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    with concurrent_programs():
+        check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("mode", ("plain", "packed"))
+@pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
+def test_no_program_waits_for_one_that_cannot_run(form, mode, monkeypatch):
+    """Examples across row tiles, and not all tiles at once: the form without waiting takes over."""
+    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, multiprocessors=5, backward="triton"))
+    launches = []
+    monkeypatch.setattr(launch, "cooperative", lambda wanted: launches.append(wanted) or {})
+    case = Case(batch=5, length=20, hidden_size=40, layers=3, wanted=(1, 2), mode=mode, seq_len=24)
+    inputs = case.build(torch.float32)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
+    assert launches
+    assert not any(launches)
+
+
+@every_form
+def test_counters_are_left_zero(form, monkeypatch):
+    """So that the next launch can count from there."""
+    kept = {}
+
+    def counters(device, size):
+        return kept.setdefault(size, torch.zeros(size, dtype=torch.int32))
+
+    monkeypatch.setattr(launch, "counters", counters)
+    case = Case(batch=2, length=40, hidden_size=40, layers=2, wanted=(0, 1), seq_len=40)
+    inputs = case.build(torch.float32)
+    with concurrent_programs():
+        first, second = (run_loss(case, inputs, torch.float32, "triton") for _ in range(2))
+    assert same(first, second)
+    assert kept
+    assert not any(counter.any() for counter in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("form", "backend"), (("triton", "triton"), ("persistent", "triton"), ("triton", "torch")), indirect=["form"]
+)
+def test_memory_low_gives_the_same_bits(form, backend):
+    """The gates come from the same product once more."""
+    case = Case(batch=3, length=20, hidden_size=40, layers=3, wanted=(1, 2), mode="masked", seq_len=24)
+    inputs = case.build(torch.float32)
+
+    def function(memory):
+        return lambda *rest, **options: chain_loss(*rest, memory=memory, **options)
+
+    with concurrent_programs():
+        fast, low = (run_loss(case, inputs, torch.float32, backend, function(memory)) for memory in ("fast", "low"))
+    assert same(fast, low)
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_memory_low_keeps_no_gates(backend):
+    case = Case(layers=6, wanted=(5,))
+    inputs = case.build(torch.float32)
+    kept = {}
+    for memory in ("fast", "low"):
+        gates = [g.clone().requires_grad_() for g in inputs["gates"]]
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lad_fast.fused_aggregate(inputs["hidden"], gates, case.wanted, memory=memory, backend=backend)
+        kept[memory] = sum(sizes.values())
+    assert kept["fast"] - kept["low"] == 5 * inputs["hidden"][0].nbytes
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_frozen_gates_keep_differences_alone(backend, mode, dtype):
+    """A student's gradient needs no chain in backward."""
+    case = Case(batch=3, length=7, wanted=(0, 2), mode=mode)
+    inputs = case.build(dtype)
+    gradients = []
+    for name, kind in ((backend, dtype), ("reference", torch.float64)):
+        student = [h.to(kind).requires_grad_() for h in inputs["student"]]
+        gates = [g.to(torch.float64 if kind == torch.float64 else torch.float32) for g in inputs["gates"]]
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            losses = chain_loss(
+                student, [h.to(kind) for h in inputs["hidden"]], gates, case.wanted, inputs["attention_mask"],
+                inputs["cu_seqlens"], 50.0, backend=name,
+            )  # fmt: skip
+        # Two weights, since a second student layer must not get the first one's.
+        gradients.append(torch.autograd.grad((losses * torch.tensor([1.0, 3.0])).sum(), student, retain_graph=True))
+        if name == backend:
+            assert sum(sizes) == sum(h.nbytes for h in student) + 4
+            again = torch.autograd.grad((losses * torch.tensor([1.0, 3.0])).sum(), student)
+            assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
+    for ours, right in zip(*gradients, strict=True):
+        assert (ours.double() - right).norm() < TOLERANCE[dtype] * right.norm()
