@@ -206,7 +206,7 @@ def _table(result: dict, name: str, columns: dict[str, Callable], wanted: Callab
     rows = [row for row in result["rows"] if row["table"] == name and wanted(row)]
     if not rows:
         return ""
-    return _markdown(list(columns), [[write(row) for write in columns.values()] for row in rows])
+    return markdown(list(columns), [[write(row) for write in columns.values()] for row in rows])
 
 
 def _phases(result: dict) -> str:
@@ -218,10 +218,10 @@ def _phases(result: dict) -> str:
         [f"{row['case'].split(',')[0]}: {row['contestant']}", *(f"{row['phase_shares'].get(n, 0):.0%}" for n in names)]
         for row in rows
     ]
-    return _markdown(["share of a step's time", *names], cells)
+    return markdown(["share of a step's time", *names], cells)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 

@@ -853,7 +853,7 @@ def forward(
     }  # fmt: skip
     counters = lc.counters(start.device, 2 * row_tiles + 1)
 
-    def run(first: int, last: int, product: str, norm: bool, sync=False, linear: Tensor | None = None) -> None:
+    def run(first: int, last: int, product: str, norm: bool, sync=False, linear=None, **warps) -> None:
         # A launch without the norm ends before its gate's aggregate, and one without the product begins behind A_prev.
         covered = [p for p in targets if (p == 0 == first and product != "none") or (norm and first < p <= last)]
         pointers = {"students": None, "differences": None, "slots": None, "compared": 0}
@@ -868,7 +868,7 @@ def forward(
             start_ptr=states[first] if first else start, layers=tuple(hidden[first + 1 : last + 1]), linear_ptr=linear,
             counters_ptr=counters, **pointers, first=first, last=last, finish=int(norm and last == num_gates),
             PRODUCT=product, NORM=norm, SYNC=sync, HAS_STUDENTS=bool(covered), KEEP_DIFFERENCE=bool(differences),
-            **shared, **lc.cooperative(sync),
+            **shared | warps, **lc.cooperative(sync),
         )  # fmt: skip
 
     if form == "persistent":
@@ -881,7 +881,7 @@ def forward(
         else:
             run(i, i + 1, "matmul", norm=False)
         if form == "triton" or not waiting:
-            run(i, i + 1, "none", norm=True)
+            run(i, i + 1, "none", norm=True, num_warps=min(2 * tile.num_warps, 16))  # no accumulators, so more of them
     return Forward(losses, factor, differences, states, gates, mean, rstd)
 
 

@@ -1,9 +1,10 @@
-"""README's figures are those of the result files, and its example runs."""
+"""The figures in README and docs are those of the result files and counts, and README's example runs."""
 
 import json
 import re
 
 import bench_record
+import kernel_counts
 import real_data
 
 README = bench_record.README.read_text(encoding="utf-8")
@@ -23,6 +24,13 @@ def test_the_engine_table_is_the_result_files():
     text = bench_record.PERFORMANCE.read_text(encoding="utf-8")
     expected = bench_record.engine_part(bench_record.load_results())
     assert bench_record.between(text, bench_record.ENGINE_MARKERS) == expected.strip()
+
+
+def test_the_tables_of_kernels_are_what_is_counted():
+    text = (bench_record.ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    tables = {"traffic": kernel_counts.formulas_table(), "forms": kernel_counts.predictions_table()}
+    for name, table in tables.items():
+        assert bench_record.between(text, kernel_counts.markers(name)) == table
 
 
 def test_the_example_runs():
