@@ -44,10 +44,11 @@ fi
 PYTEST=("$PYTHON" -P -m pytest -q -p no:cacheprovider)
 
 part doctor 30 "$PYTHON" benchmarks/gpu_parts.py doctor
-part check 40 "$PYTHON" benchmarks/gpu_parts.py check
+part check 70 "$PYTHON" benchmarks/gpu_parts.py check
+part forms 40 "$PYTHON" benchmarks/gpu_parts.py forms
 # A module whose imports are missing here does not stop the others.
-part tests 40 "${PYTEST[@]}" -m cuda --continue-on-collection-errors --ignore=tests/kernels tests
-part kernels 100 "${PYTEST[@]}" -k triton --continue-on-collection-errors --ignore=tests/kernels/test_aot.py tests/kernels
+part tests 30 "${PYTEST[@]}" -m cuda --continue-on-collection-errors --ignore=tests/kernels tests
+part kernels 80 "${PYTEST[@]}" -k triton --continue-on-collection-errors --ignore=tests/kernels/test_aot.py tests/kernels
 
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
@@ -58,10 +59,10 @@ else
     codes+=(77 77)
 fi
 
-part bench 200 "${PYTEST[@]}" benchmarks --benchmark-json="$OUT/bench.json"
+part bench 180 "${PYTEST[@]}" benchmarks --benchmark-json="$OUT/bench.json"
 part record 20 "$PYTHON" benchmarks/bench_record.py convert --report "$OUT/bench.json" --output-dir "$OUT"
-part profile 40 "$PYTHON" benchmarks/gpu_parts.py profile "$OUT"
-part train 50 "$PYTHON" benchmarks/gpu_parts.py train "$scratch"
+part profile 30 "$PYTHON" benchmarks/gpu_parts.py profile "$OUT"
+part train 40 "$PYTHON" benchmarks/gpu_parts.py train "$scratch"
 
 echo "== exit codes"
 failed=0

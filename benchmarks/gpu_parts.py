@@ -5,6 +5,7 @@ Nothing here takes the command line, whose parser may be missing where nothing c
     python benchmarks/gpu_parts.py doctor
     python benchmarks/gpu_parts.py check
     python benchmarks/gpu_parts.py small
+    python benchmarks/gpu_parts.py forms
     python benchmarks/gpu_parts.py profile DIR
     python benchmarks/gpu_parts.py train DIR
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from contestants import GRAPHS, make
 from measuring import DEVICE
+from objectives import Contestant, Problem
+from objectives import Shape as ObjectiveShape
 from transformers import BertForSequenceClassification
 from workloads import MAX_LENGTH, SHARED, SIZES, made_up, package_folder
 
@@ -24,7 +27,9 @@ from lad_fast import GateStack, LADObjective
 from lad_fast.demo import DemoConfig, build_tokenizer, demo
 from lad_fast.doctor import doctor
 from lad_fast.glue import get_task, load_split
+from lad_fast.kernels import launch
 from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
+from lad_fast.tuning import median_seconds
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ def cases(*sizes: tuple[tuple[int, ...], int, int]) -> list[Case]:
     ]
 
 
+def forms(dtype: torch.dtype) -> list[launch.ChainLaunch]:
+    """A launch in every form, with every tile that this GPU has for states of one dtype."""
+    gpu = launch.gpu(DEVICE)
+    return [
+        launch.settings(forward, backward, tile, gpu.multiprocessors)
+        for tile in launch.GEMM[gpu.architecture, launch.kind(dtype, dtype)]
+        for forward, backward in (("triton", "triton"), ("cublas", "triton"), ("persistent", "persistent"))
+    ]
+
+
 SMALL = ((5, 9, 3), 72, 4)
 USUAL = ((128, 31, 77, 1), 768, 6)
 # Of a gradient's norm: one rounding of every stored intermediate along the chain.
@@ -79,15 +94,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def check() -> None:
-    """Triton against the reference in float64: both norms, padding counted, masked and packed, three dtypes."""
+    """Every form against the reference in float64: both norms, padding counted, masked and packed, three dtypes."""
     worst = dict.fromkeys(TOLERANCE, 0.0)
     for case in cases(SMALL, USUAL):
         for dtype in TOLERANCE:
             expected = case.gradients(dtype, torch.device("cpu"), "reference", work=torch.float64)
-            found = case.gradients(dtype, DEVICE, "triton")
-            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
-            worst[dtype] = max(worst[dtype], *(math.inf if math.isnan(error) else error for error in errors))
-            print(f"{case} {dtype}: {max(errors):.1e}")
+            for choice in forms(dtype):
+                with launch.forced(choice):
+                    found = case.gradients(dtype, DEVICE, "triton")
+                errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+                worst[dtype] = max(worst[dtype], *(math.inf if math.isnan(error) else error for error in errors))
+                tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
+                print(f"{case} {dtype} {choice.forward} {tile}: {max(errors):.1e}")
     print({str(dtype): f"{error:.1e}" for dtype, error in worst.items()})
     sys.exit(any(worst[dtype] > TOLERANCE[dtype] for dtype in TOLERANCE))
 
@@ -95,8 +113,21 @@ def check() -> None:
 def small() -> None:
     """Every kind of Triton kernel, forward and backward, on odd sizes: what a sanitizer can follow in a minute."""
     for case in cases(SMALL):
-        for dtype in (torch.float32, torch.bfloat16):
-            case.gradients(dtype, DEVICE, "triton")
+        for choice in forms(torch.bfloat16):
+            with launch.forced(choice):
+                case.gradients(torch.bfloat16, DEVICE, "triton")
+
+
+def time_forms() -> None:
+    """Forward and backward of the objective in every form, at the sizes of the benchmarks' first table."""
+    for shape in (ObjectiveShape(480, 768, 12, seq_len=32), ObjectiveShape(4096, 768, 12)):
+        problem = Problem(shape, "bfloat16")
+        contestant = Contestant("triton", "objective", problem)
+        for choice in forms(torch.bfloat16):
+            with launch.forced(choice):
+                seconds = median_seconds(contestant.step)
+            tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
+            print(f"{shape}, {choice.forward} and {choice.backward}, {tile}: {1e6 * seconds:.0f} us")
 
 
 def profile(folder: Path) -> None:
@@ -154,6 +185,6 @@ def _report(name: str, result) -> None:
 
 if __name__ == "__main__":
     what, *where = sys.argv[1:]
-    parts = {"check": check, "small": small, "profile": profile, "train": train}
+    parts = {"forms": time_forms, "check": check, "small": small, "profile": profile, "train": train}
     parts["doctor"] = lambda: sys.exit(doctor())
     parts[what](*map(Path, where))

@@ -709,12 +709,15 @@ def _chain_bwd_kernel(
                         i_n * SPLITS + 1, o_rows, m_real, o_position, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE,
                         NEED_STUDENT, NEED_LAYERS, PER_TOKEN, PACKED, STRIP,
                     )  # fmt: skip
-                if RECOMPUTE:
-                    if position > 0:
+            if RECOMPUTE:
+                if position > 0:
+                    for i_tile in range(i_program, num_tiles, programs):
+                        i_m, i_n = swizzle(i_tile, T, D, BLOCK_M, BLOCK_N, GROUP_M)
+                        o_rows = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
                         b_linear = matmul(
                             gate_of(states_ptr, position - 1, T * D), gate_of(weight_ptr, position - 1, D * D),
-                            o_rows, o_cols, T, D, D, True, EVEN_K, INPUT_PRECISION, INTERPRETED,
-                            BLOCK_M, BLOCK_N, BLOCK_K,
+                            o_rows, i_n * BLOCK_N + tl.arange(0, BLOCK_N), T, D, D, True, EVEN_K, INPUT_PRECISION,
+                            INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
                         )  # fmt: skip
                         p_bias = bias_ptr + (position - 1) * D
                         if SPLITS == 2:
@@ -868,7 +871,7 @@ def forward(
             start_ptr=states[first] if first else start, layers=tuple(hidden[first + 1 : last + 1]), linear_ptr=linear,
             counters_ptr=counters, **pointers, first=first, last=last, finish=int(norm and last == num_gates),
             PRODUCT=product, NORM=norm, SYNC=sync, HAS_STUDENTS=bool(covered), KEEP_DIFFERENCE=bool(differences),
-            **shared | warps, **lc.cooperative(sync),
+            **shared | warps, **lc.cooperative(tile if sync else None),
         )  # fmt: skip
 
     if form == "persistent":
@@ -951,7 +954,7 @@ def backward(
         lc.launch(
             _chain_bwd_kernel, (programs,), **pointers, layers=layers, first=first, last=last, base=low,
             STAGES=stages, SYNC=sync, ROWS=choice.gate.rows, COLUMNS=choice.gate.columns, **shared | warps,
-            **lc.cooperative(sync),
+            **lc.cooperative(tile if sync else None),
         )  # fmt: skip
 
     if choice.backward == "persistent":

@@ -1,14 +1,19 @@
 """Everything that depends on the device: whether Triton runs, the architecture, launch settings, the launch.
 
-Launch settings are data: one frozen row an architecture and kind of matrix product, never keyed by the token
-count, since lengths vary from batch to batch.
+Launch settings are data: frozen rows, looked up by :class:`Size` in what ``lad-fast bench --tune`` measured on this
+GPU, else chosen by a heuristic from the architecture's tiles. No call measures anything by itself.
 """
 
 import functools
 import importlib.util
+import itertools
+import json
 import os
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -67,31 +72,48 @@ class Device:
     architecture: str
     multiprocessors: int
     cooperative: bool  # whether programs of one launch may wait for one another
+    shared_memory: int  # bytes that one block may use
+    registers: int = 65536  # of a multiprocessor, 32 bits each
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a launch is chosen by."""
+
+    kind: str  # of product, see GEMM
+    tokens: int  # a bucket, see _bucket
+    hidden_size: int
+    norm: str  # "sequence" or "token"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tokens} {self.hidden_size} {self.norm}"
 
 
 # Tiles by architecture and kind of product, the largest first. Kinds: "half" states and products in 16 bits; "mixed"
 # float32 states, 16-bit products (autocast); "tf32" and "ieee" float32 as torch's setting says. Kinds with float32
 # states take narrower tiles: their epilogues hold twice the registers. sm_80 also serves 8.6, 8.9 and 12.0, whose
-# shared memory (99 KiB) its rows fit; sm_100 also 10.3.
+# shared memory (99 KiB) its rows fit; sm_100 also 10.3. No tile spills in any mode (tests/kernels/test_aot.py).
 GEMM = {
     ("sm_80", "half"): (GemmLaunch(128, 128, 32, 8, 3, 1, 2), GemmLaunch(64, 64, 64, 8, 3, 1)),
-    ("sm_80", "mixed"): (GemmLaunch(64, 64, 32, 8, 3, 1),),
+    ("sm_80", "mixed"): (GemmLaunch(64, 64, 32, 8, 3, 1, 2),),
     ("sm_80", "tf32"): (GemmLaunch(64, 64, 32, 8, 3, 1),),
     ("sm_80", "ieee"): (GemmLaunch(128, 64, 16, 8, 3, 1, 2),),
     ("sm_90", "half"): (GemmLaunch(128, 128, 64, 8, 3, 1, 2), GemmLaunch(64, 64, 64, 8, 3, 1)),
     ("sm_90", "mixed"): (GemmLaunch(128, 64, 64, 8, 3, 1, 2), GemmLaunch(64, 64, 64, 8, 3, 1)),
     ("sm_90", "tf32"): (GemmLaunch(128, 64, 32, 8, 3, 1, 2), GemmLaunch(64, 64, 32, 8, 3, 1)),
-    ("sm_90", "ieee"): (GemmLaunch(64, 64, 16, 8, 3, 1, 2),),
+    ("sm_90", "ieee"): (GemmLaunch(128, 64, 16, 8, 3, 1, 2),),
     ("sm_100", "half"): (GemmLaunch(128, 128, 64, 8, 3, 1, 2), GemmLaunch(64, 64, 64, 8, 3, 1)),
-    ("sm_100", "mixed"): (GemmLaunch(128, 64, 64, 8, 3, 1, 2), GemmLaunch(64, 64, 32, 8, 3, 1)),
+    ("sm_100", "mixed"): (GemmLaunch(128, 64, 32, 8, 3, 1, 2),),
     ("sm_100", "tf32"): (GemmLaunch(128, 64, 32, 8, 3, 1, 2), GemmLaunch(64, 64, 32, 8, 3, 1)),
-    ("sm_100", "ieee"): (GemmLaunch(64, 64, 16, 8, 3, 1),),
+    ("sm_100", "ieee"): (GemmLaunch(128, 64, 16, 8, 3, 1, 2),),
     ("gfx942", "half"): (GemmLaunch(128, 128, 32, 8, 2, 1), GemmLaunch(64, 64, 32, 4, 2, 1)),
     ("gfx942", "mixed"): (GemmLaunch(64, 64, 32, 4, 2, 1),),
     ("gfx942", "tf32"): (GemmLaunch(64, 64, 32, 4, 2, 1),),
     ("gfx942", "ieee"): (GemmLaunch(64, 64, 32, 4, 2, 1),),
 }
-EPILOGUE = GemmLaunch(32, 256, 16, 8, 1, 1)
+# Forms of :class:`ChainLaunch`; where programs cannot wait for one another, the first alone.
+FORMS = {"forward": ("triton", "cublas", "persistent"), "backward": ("triton", "persistent")}
+EPILOGUE = GemmLaunch(8, 256, 16, 4, 1, 2)
 GATE_BACKWARD = TileLaunch(rows=8, columns=256, num_warps=8)
 # Small, so that narrow test sizes already take several tiles along each axis.
 INTERPRETED = ChainLaunch(
@@ -173,32 +195,148 @@ def settings(forward: str, backward: str, gemm: GemmLaunch, multiprocessors: int
     return ChainLaunch(forward, backward, gemm, EPILOGUE, GATE_BACKWARD, multiprocessors)
 
 
-@functools.cache
-def heuristic(device: Device, kind: str, tokens: int, hidden_size: int) -> ChainLaunch:
-    """The launch for a size that nobody measured: the largest tile that still gives each multiprocessor one."""
-    tiles = GEMM[device.architecture, kind]
-    count = lambda tile: -(-tokens // tile.block_m) * -(-hidden_size // tile.block_n)  # noqa: E731
+def _fits(device: Device, kind: str, tile: GemmLaunch) -> bool:
+    """Whether ``blocks_per_sm`` blocks run at once on a multiprocessor in every mode of the kernels: an estimate."""
+    # All 256 registers that a thread can have: some mode takes them. Besides addresses they hold, of each element, the
+    # product, A_prev, H and O.
+    registers = 256 * 32 * tile.num_warps
+    # Each stage holds a block of both operands. Barriers and reductions take up to 2 KiB, and the system 1 KiB of every
+    # block, which ``device.shared_memory`` leaves out for one.
+    itemsize = 2 if kind in ("half", "mixed") else 4
+    shared = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize + 3 * 1024
+    return (
+        4 * tile.block_m * tile.block_n <= registers
+        and tile.blocks_per_sm * registers <= device.registers
+        and tile.blocks_per_sm * shared <= device.shared_memory + 1024
+    )
+
+
+def heuristic(device: Device, size: Size) -> ChainLaunch:
+    """The launch for a size that nobody measured: the largest tile that fits and still gives each multiprocessor
+    one."""
+    tiles = GEMM[device.architecture, size.kind]
+    tiles = [tile for tile in tiles if _fits(device, size.kind, tile)] or tiles[-1:]
+    count = lambda tile: -(-size.tokens // tile.block_m) * -(-size.hidden_size // tile.block_n)  # noqa: E731
     tile = next((tile for tile in tiles if count(tile) >= device.multiprocessors), tiles[-1])
     form = "persistent" if device.cooperative else "triton"
     return settings(form, form, tile, device.multiprocessors)
+
+
+def candidates(device: Device, kind: str) -> list[ChainLaunch]:
+    """Every launch that may be measured and kept: all forms with the architecture's tiles, with other depths of their
+    pipeline, and as two blocks of half the warps."""
+    tiles = [
+        replace(tile, num_stages=stages, num_warps=tile.num_warps // blocks, blocks_per_sm=blocks)
+        for tile, blocks, stages in itertools.product(GEMM[device.architecture, kind], (1, 2), (2, 3, 4))
+    ]
+    forms = [forms if device.cooperative else forms[:1] for forms in FORMS.values()]
+    return [
+        settings(forward, backward, tile, device.multiprocessors)
+        for tile, forward, backward in itertools.product(tiles, *forms)
+        if _fits(device, kind, tile)
+    ]
+
+
+def cache_file() -> Path:
+    """Where ``lad-fast bench --tune`` keeps what it measured."""
+    if not (folder := os.environ.get("LAD_FAST_CACHE")):
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lad_fast")
+    return Path(folder) / "launch.json"
+
+
+def cache_key(device: Device) -> str:
+    """What a measurement holds for."""
+    import triton
+
+    import lad_fast  # here, since lad_fast imports this module
+
+    return f"{device.name} | triton {triton.__version__} | lad_fast {lad_fast.__version__}"
+
+
+def read_cache(path: Path) -> dict[str, dict[str, dict]]:
+    """Rows by :func:`cache_key` and size: a :class:`ChainLaunch` as a dict, and its microseconds.
+
+    Empty where there is no file, and, with a warning, where it is damaged: nothing measured is worth a training run.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not _nested(entries, 2):
+            raise ValueError("it takes a dict of dicts of dicts")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{path} is not read, launches are chosen without it: {error}", stacklevel=2)
+        return {}
+    return entries
+
+
+def _nested(value, depth: int) -> bool:
+    """Whether dicts lie in a dict, so deep."""
+    return isinstance(value, dict) and (depth == 0 or all(_nested(entry, depth - 1) for entry in value.values()))
+
+
+@functools.cache
+def tuned(device: Device) -> dict[str, dict]:
+    """Rows measured on such a GPU with these versions, by size.
+
+    Rows that are to come with the library would be another such file, read here behind the user's.
+    """
+    return read_cache(cache_file()).get(cache_key(device), {})
+
+
+@functools.cache
+def choose(device: Device, size: Size) -> ChainLaunch:
+    """The launch for a size: as measured, else by the heuristic."""
+    if (row := tuned(device).get(str(size))) is not None:
+        row = {name: value for name, value in row.items() if name != "microseconds"}
+        for choice in candidates(device, size.kind):
+            if asdict(choice) == row:
+                return choice
+        warnings.warn(
+            f"{cache_file()}: no launch of {device.name} is like the row {str(size)!r}, which is left out; "
+            "lad-fast bench --tune measures again",
+            stacklevel=2,
+        )
+    return heuristic(device, size)
 
 
 @functools.cache
 def gpu(device: torch.device) -> Device:
     """The GPU behind a tensor's device."""
     properties = torch.cuda.get_device_properties(device)
+    registers = getattr(properties, "regs_per_multiprocessor", Device.registers)
+    common = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "registers": registers}
     if torch.version.hip:  # programs that wait for others have never run on one: not by themselves
-        return Device(properties.name, "gfx942", properties.multi_processor_count, cooperative=False)
+        return Device(**common, architecture="gfx942", cooperative=False, shared_memory=64 * 1024)
+    # Without the property, what every GPU from 8.0 on has.
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
     architecture = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return Device(properties.name, architecture, properties.multi_processor_count, cooperative=True)
+    return Device(**common, architecture=architecture, cooperative=True, shared_memory=shared_memory)
+
+
+_forced: ChainLaunch | None = None  # one for all threads: backward runs in autograd's
+
+
+@contextmanager
+def forced(choice: ChainLaunch) -> Iterator[None]:
+    """Launch every chain inside by ``choice``, backward too: to measure it, or to test it in the interpreter."""
+    global _forced
+    before, _forced = _forced, choice
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def chain(state: Tensor, matmul_dtype: torch.dtype, per_token: bool) -> ChainLaunch:
     """How the chain runs on states (T, D) multiplied in a dtype."""
+    if _forced is not None:
+        return _forced
     if interpreted():
         return INTERPRETED
     num_tokens, hidden_size = state.shape
-    return heuristic(gpu(state.device), kind(state.dtype, matmul_dtype), _bucket(num_tokens), hidden_size)
+    norm = "token" if per_token else "sequence"
+    return choose(gpu(state.device), Size(kind(state.dtype, matmul_dtype), _bucket(num_tokens), hidden_size, norm))
 
 
 def keep_gates(memory: str, state: Tensor, num_gates: int) -> bool:
@@ -227,9 +365,22 @@ def counters(device: torch.device, size: int) -> Tensor:
         return _counters(device, torch.cuda.current_stream().cuda_stream, size)
 
 
-def cooperative(wanted: bool) -> dict[str, bool]:
-    """Launch options under which the device runs all programs at once, or refuses the launch."""
-    return {"launch_cooperative_grid": True} if wanted else {}
+forget_counters = _counters.cache_clear  # those that a broken launch may have left other than zero
+
+
+def cooperative(tile: GemmLaunch | None) -> dict[str, int]:
+    """Launch options under which the device runs all programs with that tile at once, or refuses the launch; none for
+    None.
+
+    Where several blocks share a multiprocessor, a thread may have what registers they leave it: the compiler would
+    rather spill a few for one block more.
+    """
+    if tile is None:
+        return {}
+    if tile.blocks_per_sm == 1:
+        return {"launch_cooperative_grid": True}
+    registers = 64 * 1024 // (32 * tile.num_warps * tile.blocks_per_sm) // 8 * 8
+    return {"launch_cooperative_grid": True, "maxnreg": min(registers, 255)}
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:

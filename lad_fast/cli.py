@@ -15,11 +15,12 @@ from typing import Annotated, Literal, Union
 import torch
 import tyro
 
-from lad_fast import training
+from lad_fast import training, tuning
 from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
 from lad_fast.doctor import doctor
 from lad_fast.glue import Task, get_task, load_split, write_submission
+from lad_fast.kernels.launch import cache_file, why_not_triton
 from lad_fast.models import load_classifier
 from lad_fast.report import format_table
 from lad_fast.training import DistillConfig, Evaluation, FinetuneConfig, TrainingResult
@@ -93,6 +94,8 @@ class BenchCommand:
     """Larger sizes too, as the device's memory allows; otherwise under five minutes on two cores."""
     output_dir: Path | None = None
     """Folder for the result file and its figure; None takes benchmarks/results and renews README's tables."""
+    tune: bool = False
+    """Instead, measure how this GPU best launches the gates, for later runs; with --full at all sizes, in hours."""
 
 
 class CommandLineError(ValueError):
@@ -211,6 +214,14 @@ def run_predict(config: PredictCommand) -> int:
 
 
 def run_bench(config: BenchCommand) -> int:
+    if config.tune:
+        device = torch.device("cuda")
+        if reason := "there is no CUDA device" if not torch.cuda.is_available() else why_not_triton(device):
+            raise ValueError(f"--tune measures Triton's kernels on a GPU: {reason}")
+        if config.output_dir is not None:
+            raise ValueError(f"--tune writes {cache_file()}; it takes no --output-dir")
+        tuning.tune(tuning.default_sizes(config.full), device)
+        return 0
     script = Path(__file__).parents[1] / "benchmarks/bench_record.py"
     if not script.is_file():
         raise ValueError(f"bench takes a checkout of the repository; this installation has no {script.parent}")

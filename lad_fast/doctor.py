@@ -3,14 +3,14 @@
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import lad_fast
 from lad_fast.functional import BACKENDS
-from lad_fast.kernels.launch import why_not_triton
+from lad_fast.kernels.launch import Device, cache_file, gpu, tuned, why_not_triton
 from lad_fast.optimizers import has_apex
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
@@ -57,11 +57,20 @@ def largest_error(backend: str, device: str) -> float:
         leaves = [*student, student_logits, *objective.parameters()]
         return [output.loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(output.loss, leaves))]
 
-    expected = run("reference", "cpu")
-    return max(
-        ((got - want).abs().max() / want.abs().max()).item()
-        for got, want in zip(run(backend, device), expected, strict=True)
-    )
+    return largest_difference(run(backend, device), run("reference", "cpu"))
+
+
+def largest_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Over all tensors, each relative to the largest entry of the expected one; NaN where anything found is NaN."""
+    pairs = zip(found, expected, strict=True)
+    return torch.stack([(got - want).abs().max() / want.abs().max() for got, want in pairs]).max().item()
+
+
+def launches(device: Device) -> str:
+    """Where the launch of the chain of gates comes from on a GPU."""
+    if rows := tuned(device):
+        return f"of {len(rows)} sizes as measured ({cache_file()}), of others by heuristic"
+    return "by heuristic; lad-fast bench --tune measures them"
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -82,6 +91,8 @@ def facts() -> Iterator[tuple[str, str]]:
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"capability {properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors",
         )
+        if not why_not_triton(device := torch.device("cuda", index)):
+            yield f"GPU {index} launches", launches(gpu(device))
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     yield "triton interpreter", "on (TRITON_INTERPRET=1): right but slow" if interpreting else "off"
 

@@ -58,6 +58,7 @@ PRECISIONS = ("bfloat16", "autocast", "tf32", "ieee")  # float16 compiles to wha
 CASES = (
     ("sequence", "plain", "persistent", "persistent", "gates", False),
     ("sequence", "packed", "triton", "triton", "states", True),
+    ("sequence", "packed", "cublas", "persistent", "states", True),
     ("token", "masked", "cublas", "persistent", "gates", False),
 )
 EVERY_CASE = tuple(

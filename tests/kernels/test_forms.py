@@ -23,12 +23,16 @@ FORMS = {
 MODES = ("plain", "masked", "packed")
 
 
+def choice(forward: str, backward: str, **changes) -> launch.ChainLaunch:
+    """The interpreter's small tiles, which a GPU runs as well."""
+    return replace(launch.INTERPRETED, forward=forward, backward=backward, **changes)
+
+
 @pytest.fixture
-def form(request, monkeypatch):
+def form(request):
     """Launch the chain in one of :data:`FORMS`."""
-    forward, backward = FORMS[request.param]
-    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, forward=forward, backward=backward))
-    return request.param
+    with launch.forced(choice(*FORMS[request.param])):
+        yield request.param
 
 
 def same(ours: dict, others: dict) -> bool:
@@ -65,14 +69,13 @@ def test_aggregates_alone_and_their_gradients(form, mode, poisoned_allocations):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("norm", ("sequence", "token"))
-def test_forms_agree_to_the_last_bit_in_float32(norm, mode, monkeypatch):
+def test_forms_agree_to_the_last_bit_in_float32(norm, mode):
     """They run the same tiles in the same order. cuBLAS sums in an order of its own."""
     case = Case(batch=3, length=20, hidden_size=40, layers=3, wanted=(1, 2), norm=norm, mode=mode, seq_len=24)
     inputs = case.build(torch.float32)
     results = []
-    for forward, backward in (FORMS["triton"], FORMS["persistent"], ("triton", "persistent")):
-        monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, forward=forward, backward=backward))
-        with concurrent_programs():
+    for forms in (FORMS["triton"], FORMS["persistent"], ("triton", "persistent")):
+        with launch.forced(choice(*forms)), concurrent_programs():
             results.append(run_loss(case, inputs, torch.float32, "triton"))
     assert same(results[0], results[1])
     assert same(results[0], results[2])
@@ -91,13 +94,12 @@ def test_no_order_of_programs_changes_a_bit(form, order):
 
 @pytest.mark.parametrize(("norm", "length"), (("token", 50), ("sequence", 32), ("sequence", 16)))
 @pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
-def test_programs_take_several_row_tiles(form, norm, length, monkeypatch):
+def test_programs_take_several_row_tiles(form, norm, length):
     """Fewer programs at once than tiles: each takes one row tile after another through all gates."""
-    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, multiprocessors=5))
     case = Case(batch=5, length=length, hidden_size=40, layers=3, wanted=(1, 2), norm=norm, seq_len=length)
     inputs = case.build(torch.float32)
     expected = run_loss(case, inputs, torch.float64, "reference")
-    with concurrent_programs():
+    with launch.forced(choice(*FORMS[form], multiprocessors=5)), concurrent_programs():
         check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
 
 
@@ -105,13 +107,13 @@ def test_programs_take_several_row_tiles(form, norm, length, monkeypatch):
 @pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
 def test_no_program_waits_for_one_that_cannot_run(form, mode, monkeypatch):
     """Examples across row tiles, and not all tiles at once: the form without waiting takes over."""
-    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, multiprocessors=5, backward="triton"))
     launches = []
-    monkeypatch.setattr(launch, "cooperative", lambda wanted: launches.append(wanted) or {})
+    monkeypatch.setattr(launch, "cooperative", lambda tile: launches.append(tile) or {})
     case = Case(batch=5, length=20, hidden_size=40, layers=3, wanted=(1, 2), mode=mode, seq_len=24)
     inputs = case.build(torch.float32)
     expected = run_loss(case, inputs, torch.float64, "reference")
-    check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
+    with launch.forced(choice(form, "triton", multiprocessors=5)):
+        check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE[torch.float32])
     assert launches
     assert not any(launches)
 

@@ -56,8 +56,7 @@ def test_losses_in_any_form(case, seed, forward, backward, multiprocessors):
     inputs = case.build(torch.float32, seed)
     expected = run_loss(case, inputs, torch.float64, "reference")
     choice = replace(launch.INTERPRETED, forward=forward, backward=backward, multiprocessors=multiprocessors)
-    with pytest.MonkeyPatch.context() as patch, concurrent_programs(order=seed):
-        patch.setattr(launch, "INTERPRETED", choice)
+    with launch.forced(choice), concurrent_programs(order=seed):
         check(run_loss(case, inputs, torch.float32, "triton"), expected, TOLERANCE)
 
 

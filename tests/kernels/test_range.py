@@ -17,13 +17,14 @@ OUTLIERS = {3: 60.0, 17: -60.0, 18: 45.0}
 
 
 @pytest.fixture
-def backend(request, monkeypatch):
+def backend(request):
     """Name of a back end; a form of Triton's is chosen on the way."""
-    if request.param in ("torch", "triton"):
-        return request.param
+    if request.param == "torch":
+        yield "torch"
+        return
     backward = "persistent" if request.param == "persistent" else "triton"
-    monkeypatch.setattr(launch, "INTERPRETED", replace(launch.INTERPRETED, forward=request.param, backward=backward))
-    return "triton"
+    with launch.forced(replace(launch.INTERPRETED, forward=request.param, backward=backward)):
+        yield "triton"
 
 
 def compare(case: Case, inputs: dict, dtype: torch.dtype, backend: str, tolerance: float) -> None:

@@ -42,21 +42,17 @@ def traffic(monkeypatch):
     return found
 
 
-def run_chain(monkeypatch, forward: str, backward: str, keep: str = "gates", students: bool = True) -> Counts:
+def run_chain(forward: str, backward: str, keep: str = "gates") -> Counts:
     """Forward and backward of the case in bfloat16, whose interpreter tiles hold half an example each."""
-    settings = launch.settings(forward, backward, launch.INTERPRETED.gemm, multiprocessors=48)
-    settings = launch.ChainLaunch(**{**vars(settings), "gate": launch.TileLaunch(8, 32, 1)})
-    settings = launch.ChainLaunch(**{**vars(settings), "epilogue": launch.INTERPRETED.gemm})
-    monkeypatch.setattr(launch, "INTERPRETED", settings)
+    tile = launch.INTERPRETED.gemm
+    settings = launch.ChainLaunch(forward, backward, tile, tile, launch.TileLaunch(8, 32, 1), multiprocessors=48)
     hidden, student, (weight, *rest), where = operands(CASE, CASE.build(torch.bfloat16))
-    chosen = (student, list(CASE.wanted)) if students else ([], [])
     parameters = (weight.bfloat16(), *rest)
-    with concurrent_programs():
-        out = chain.forward(hidden, *chosen, *parameters, *where, 1e-5, 1.0, keep)
-        grads = [] if students else [torch.randn_like(hidden[0])] * GATES
+    with launch.forced(settings), concurrent_programs():
+        out = chain.forward(hidden, student, list(CASE.wanted), *parameters, *where, 1e-5, 1.0, keep)
         chain.backward(
-            grads, out.losses, out.factor, hidden, *chosen, *parameters, out.states, out.gates, out.mean, out.rstd,
-            *where, students, False, True,
+            [], out.losses, out.factor, hidden, student, list(CASE.wanted), *parameters, out.states, out.gates,
+            out.mean, out.rstd, *where, True, False, True,
         )  # fmt: skip
     tokens, width = hidden[0].shape
     return Counts(tokens, CASE.length, width, 2, 2, settings.gemm, settings.gate, settings.multiprocessors)
@@ -91,8 +87,8 @@ STEPS = {
 
 
 @pytest.mark.parametrize("form", STEPS, ids=" ".join)
-def test_the_chain_moves_what_is_counted(form, traffic, monkeypatch):
-    counts = run_chain(monkeypatch, *form)
+def test_the_chain_moves_what_is_counted(form, traffic):
+    counts = run_chain(*form)
     if form[2] == "states":
         counts = Counts(**{**vars(counts), "g": 0})
     for step, formulas in STEPS[form].items():
@@ -109,9 +105,9 @@ def test_the_chain_moves_what_is_counted(form, traffic, monkeypatch):
 
 
 @pytest.mark.parametrize("form", (("triton", "triton"), ("persistent", "persistent")), ids=" ".join)
-def test_a_state_is_read_once_a_pass(form, traffic, monkeypatch):
+def test_a_state_is_read_once_a_pass(form, traffic):
     """Hidden states and students, forward and backward; a gate's values are written once and read once."""
-    run_chain(monkeypatch, *form)
+    run_chain(*form)
     state = 2 * 3 * 64 * 64
 
     def total(direction: str, kind: str, name: str) -> int:
