@@ -48,11 +48,33 @@ FORMULAS = {
     ),
     "backward, a student's gradient": ("T*D*s", "T*D*s"),
     "backward, sums": ("8*G*S*D + 4*G*P*D", "8*S*D + 4*D"),
+    "hidden loss alone, forward": ("2*T*D*s", "0"),
+    "hidden loss alone, backward": ("2*T*D*s", "2*T*D*s"),
 }
+PRODUCTS = ("forward, product", "forward, both in one", "backward, product", "backward, gates again")  # 2 T D^2 FLOP
 STUDENT_STEPS = ("forward, a student's loss", "backward, a student's gradient")
-L2_BYTES_PER_SECOND = 5.5e12  # assumed for reads that hit the cache of an H100 or H200; nobody measured it here
-A100_L2_BYTES_PER_SECOND = 3.5e12  # assumed
 LAUNCH_SECONDS, BARRIER_SECONDS = 2e-6, 1.5e-6  # assumed: between dependent launches; of a wait for all programs
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU to predict for. The rate at which its cache delivers is assumed: nobody measured it here."""
+
+    sheet: DataSheet
+    architecture: str
+    multiprocessors: int
+    cache_bytes_per_second: float
+
+    def counts(self) -> "Counts":
+        """The published batch in bfloat16, with the largest tile that the GPU takes."""
+        tile = launch.GEMM[self.architecture, "half"][0]
+        return Counts(4096, 128, 768, 2, 2, tile, launch.GATE_BACKWARD, self.multiprocessors)
+
+    def floor_seconds(self, step: str) -> float:
+        """One step's product at the data sheet's rate, or its bytes from the cache."""
+        counts = self.counts()
+        flops = 2 * counts.T * counts.D**2 if step in PRODUCTS else 0
+        return max(flops / self.sheet.bfloat16, sum(counts.bytes(step)) / self.cache_bytes_per_second)
 
 
 @dataclass(frozen=True)
@@ -101,16 +123,23 @@ FORMS = {
 }  # fmt: skip
 
 
-def predict(form: str, sheet: DataSheet, l2: float, counts: Counts, layers: int) -> dict[str, float]:
+MACHINES = {
+    "H200": Machine(SHEETS["h200"], "sm_90", 132, 5.5e12),
+    "A100": Machine(SHEETS["a100"], "sm_80", 108, 3.5e12),
+}
+
+
+def predict(form: str, machine: Machine, layers: int = 12) -> dict[str, float]:
     """Seconds of the chain's forward and backward with the hidden loss of half as many student layers."""
+    counts = machine.counts()
     forward, backward, launches, others, waits = FORMS[form]
     gates, students = layers - 1, layers // 2
     total = gates * sum(sum(counts.bytes(step)) for step in (*forward, *backward))
     total += students * sum(sum(counts.bytes(step)) for step in STUDENT_STEPS)
     total += gates * sum(counts.bytes("backward, sums"))
-    products = gate_flops(counts.T, counts.D, layers) / sheet.bfloat16
+    products = gate_flops(counts.T, counts.D, layers) / machine.sheet.bfloat16
     waiting = LAUNCH_SECONDS * (launches * gates + others) + BARRIER_SECONDS * waits * gates
-    return {"bytes": total, "products": products, "cache": total / l2, "waiting": waiting}
+    return {"bytes": total, "products": products, "cache": total / machine.cache_bytes_per_second, "waiting": waiting}
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -119,26 +148,24 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def formulas_table() -> str:
-    header = ["step", "loads", "stores"]
-    return markdown(header, [[step, f"`{loads}`", f"`{stores}`"] for step, (loads, stores) in FORMULAS.items()])
+    header = ["step", "loads", "stores", *(f"{name}, at least" for name in MACHINES)]
+    rows = [
+        [step, f"`{loads}`", f"`{stores}`", *(f"{1e6 * m.floor_seconds(step):.1f} us" for m in MACHINES.values())]
+        for step, (loads, stores) in FORMULAS.items()
+    ]
+    return markdown(header, rows)
 
 
-def predictions_table(tokens: int = 4096, seq_len: int = 128, hidden_size: int = 768, layers: int = 12) -> str:
+def predictions_table() -> str:
     header = ["GPU", "form", "MB through the cache", "products", "bytes", "launches and waits", "at least"]
     rows = []
-    for name, l2 in (("h200", L2_BYTES_PER_SECOND), ("a100", A100_L2_BYTES_PER_SECOND)):
-        architecture = {"h200": "sm_90", "a100": "sm_80"}[name]
-        tile = launch.GEMM[architecture, "half"][0]
-        counts = Counts(
-            tokens, seq_len, hidden_size, 2, 2, tile, launch.GATE_BACKWARD, {"h200": 132, "a100": 108}[name]
-        )
+    for name, machine in MACHINES.items():
         for form in FORMS:
-            found = predict(form, SHEETS[name], l2, counts, layers)
+            found = predict(form, machine)
             # A product and what it reads overlap; launches and waits do not.
             least = max(found["products"], found["cache"]) + found["waiting"]
             times = (found["products"], found["cache"], found["waiting"], least)
-            megabytes = f"{found['bytes'] / 1e6:.0f}"
-            rows.append([SHEETS[name].name, form, megabytes, *(f"{1e3 * time:.2f} ms" for time in times)])
+            rows.append([name, form, f"{found['bytes'] / 1e6:.0f}", *(f"{1e3 * time:.2f} ms" for time in times)])
     return markdown(header, rows)
 
 
