@@ -200,10 +200,10 @@ def _fits(device: Device, kind: str, tile: GemmLaunch) -> bool:
     # All 256 registers that a thread can have: some mode takes them. Besides addresses they hold, of each element, the
     # product, A_prev, H and O.
     registers = 256 * 32 * tile.num_warps
-    # Each stage holds a block of both operands. Barriers and reductions take up to 2 KiB, and the system 1 KiB of every
-    # block, which ``device.shared_memory`` leaves out for one.
-    itemsize = 2 if kind in ("half", "mixed") else 4
-    shared = tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize + 3 * 1024
+    # Each stage holds a block of both operands, states as they lie in memory; no candidate with 16-bit products took
+    # more. Barriers and reductions get 2 KiB; the system takes 1 KiB of a block, which ``shared_memory`` leaves out.
+    state, weight = {"half": (2, 2), "mixed": (4, 2)}.get(kind, (4, 4))
+    shared = tile.num_stages * tile.block_k * (tile.block_m * state + tile.block_n * weight) + 3 * 1024
     return (
         4 * tile.block_m * tile.block_n <= registers
         and tile.blocks_per_sm * registers <= device.registers

@@ -25,29 +25,16 @@ def kernel_names() -> set[str]:
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
-    """Processes that compile all kernels for an architecture each, and the files that they write; all at once."""
-    folder = tmp_path_factory.mktemp("aot")
-    # Processes of their own: here Triton interprets, and an interpreted kernel cannot be compiled.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    started = {}
-    for name in aot.ARCHITECTURES:
-        command = [sys.executable, aot.__file__, "--architecture", name, "--json", folder / name]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started[name] = subprocess.Popen(command, env=environment, **pipes), folder / name
-    yield started
-    for process, _ in started.values():
-        process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_kernels_compile_to_fast_code(architecture, compilations):
-    process, file = compilations[architecture]
-    output, errors = process.communicate()
-    print(output)
-    assert process.returncode == 0, errors
+def test_kernels_compile_to_fast_code(architecture, tmp_path):
+    file = tmp_path / "rows.json"
+    # A process of its own: here Triton interprets, and an interpreted kernel cannot be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, aot.__file__, "--architecture", architecture, "--json", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
     assert {row["kernel"] for row in rows} == kernel_names() >= set(aot.GEMM_KERNELS)
 

@@ -65,6 +65,7 @@ def write(cache: Path, row, device: Device = H200, size: Size = SIZE) -> None:
         (MI300, "half", 16384, 768, (128, 128, 32)),
         (replace(H200, shared_memory=99 * KIB), "half", 4096, 768, (128, 128, 64)),  # three stages of 32 KiB
         (replace(H200, shared_memory=96 * KIB), "half", 4096, 768, (64, 64, 64)),  # and nothing beside them
+        (replace(H200, shared_memory=99 * KIB), "mixed", 16384, 768, (64, 64, 64)),  # its states are float32
         (replace(H200, shared_memory=16 * KIB), "half", 4096, 768, (64, 64, 64)),  # the last one if none fits
         (replace(H200, registers=32768), "half", 4096, 768, (64, 64, 64)),
     ),
