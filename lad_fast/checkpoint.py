@@ -154,6 +154,8 @@ class Checkpoints:
         steps = self._steps()
         for other in [s for s in steps if s > step] + [s for s in steps if s <= step][self.limit :]:
             _discard(self.folder / f"step-{other}")
+        for leftover in self.folder.glob(".*"):  # of a kill
+            shutil.rmtree(leftover)
 
     def _steps(self) -> list[int]:
         """From the newest to the oldest."""
