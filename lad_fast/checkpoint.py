@@ -308,20 +308,19 @@ def own_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: nothing can be written there, or another run has it.
     """
+    lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        file = lock.open("a", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"output_dir is {folder}; another run is writing there, process {lock.read_text() or 'unknown'}"
+        ) from error
     except OSError as error:
         raise ValueError(f"output_dir is {folder}; it takes a folder to write to ({error})") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"output_dir is {folder}; another run is writing there, process {file.read().strip() or 'unknown'}"
-            ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -504,8 +504,9 @@ def _run(
     run = _describe(config, step, batches, evaluation)
     checkpoints = Checkpoints(output_dir, config.save_total_limit, config.save_steps, config.save_minutes)
     if config.resume == "auto" and results.exists():
+        result = _finished(output_dir, run, step.student)
         checkpoints.clear()
-        return _finished(output_dir, run, step.student)
+        return result
     found = find_checkpoint(config.resume, checkpoints)
     if found is not None:
         _refuse_another(f"checkpoint {found.path}", found.state["run"], run)
@@ -520,7 +521,6 @@ def _run(
             position, best = found.state["position"], found.state["best"]
             step.load_state_dict(found.state["step"])
             log.load_state_dict(found.state["log"], found.log)
-            _refill_cache(step, batches, position)
             set_rng_state(found.state["rng"], device)
 
         def save() -> Path:
@@ -535,6 +535,8 @@ def _run(
             return path
 
         try:
+            if found is not None and step.teacher_cache is not None:
+                _refill_cache(step, batches, position, signals)
             for epoch in range(position["epoch"], config.epochs + 1):
                 batches.set_epoch(epoch)
                 prepared = prepare_ahead(islice(batches, position["batches"], None), step.prepare, device)
@@ -631,13 +633,14 @@ def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> TrainingRe
     """The result of the run that ended in ``output_dir``, if it is this one; ``model`` takes its last weights."""
     try:
         content = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
-        old = content.pop("run", {"settings": {}, "digests": {}})
+        old = content.pop("run")
         with quiet():
             last = type(model).from_pretrained(output_dir / "last", dtype=torch.float32)
         result = TrainingResult(**content | {"output_dir": output_dir}, model=model)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:  # written by an earlier version, or by hand
         raise ValueError(
-            f"output_dir is {output_dir}; what its finished run left cannot be read ({error}); resume never starts anew"
+            f"output_dir is {output_dir}; what a finished run left there cannot be read ({type(error).__name__}: "
+            f"{error}); resume never starts anew"
         ) from error
     _refuse_another(f"output_dir {output_dir}", old, run)
     model.load_state_dict(last.state_dict())
@@ -645,12 +648,10 @@ def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> TrainingRe
     return result
 
 
-def _refill_cache(step: DistillStep, batches: Batches, position: dict) -> None:
-    """What the teacher made of the first epoch, again batch by batch as then: another batch would round otherwise."""
-    if step.teacher_cache is None:
-        return
+def _refill_cache(step: DistillStep, batches: Batches, position: dict, signals: StopSignals) -> None:
+    """What the teacher made of the first epoch, again batch by batch as then: other batches would round otherwise."""
     batches.set_epoch(1)
-    for batch in islice(batches, position["batches"] if position["epoch"] == 1 else None):
+    for batch in signals.watch(islice(batches, position["batches"] if position["epoch"] == 1 else None)):
         step.fill_cache(batch)
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,6 +251,51 @@ def test_killed_inside_a_save(tmp_path, undisturbed, monkeypatch, point):
     assert list((tmp_path / "checkpoints").iterdir())
     train(tmp_path)
     assert outcome(tmp_path) == undisturbed()
+
+
+def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
+    def score(*values):
+        scores = iter(values)
+        monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
+
+    score(0.75)
+    stopped(tmp_path, 20)
+    score(0.5, 0.25)
+    result = train(tmp_path)
+    assert result.best_step == 13
+    assert result.best_metrics == {"validation": {"accuracy": 0.75}}
+    assert [line["metrics"]["validation"]["accuracy"] for line in result.history] == [0.75, 0.5, 0.25]
+
+
+def test_stopped_while_the_cache_is_filled_again(tmp_path, undisturbed):
+    stopped(tmp_path, 20)
+    teacher = bert()
+    teacher.base_model.register_forward_pre_hook(after(3, send(signal.SIGTERM)))
+    calls = []
+    teacher.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    evaluation = {"validation": split(20, seed=1, name="validation")}
+    with pytest.raises(Interrupted):
+        distill(settings(tmp_path), train=split(50), evaluation=evaluation, teacher=teacher, student=bert(2, seed=1))
+    assert len(calls) == 4
+    train(tmp_path)
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append((str(old), str(new))), rename(old, new))[1])
+    for name, save in (
+        ("step-7", lambda: Checkpoints(tmp_path).save(7, {"a": [torch.ones(3)]}, tmp_path / "log")),
+        ("last", lambda: save_checkpoint(tmp_path / "last", bert())),
+    ):
+        (tmp_path / "log").write_text("")
+        save()
+        (place,) = (i for i, entry in enumerate(done) if isinstance(entry, tuple) and entry[1].endswith(name))
+        old, new = map(Path, done[place])
+        assert set(done[:place]) == {str(old), *(str(old / path.name) for path in new.iterdir())}
+        assert str(new.parent) in done[place:]
+        done.clear()
 
 
 def names(folder):
@@ -674,3 +720,16 @@ def test_a_line_of_error_for_numbers_that_are_not_finite(monkeypatch, capsys, tm
     argv = ["distill", "--task", "rte", "--teacher", "x", "--output-dir", str(tmp_path)]
     assert cli.main(argv) == 1
     assert capsys.readouterr().err == "lad-fast: error: step 5: not finite: loss\n"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"precision": "float16"}], ids=str)
+def test_a_stopped_run_goes_on_on_a_gpu(tmp_path, options):
+    options = {"device": "cuda", "backend": None, "log_every": 1} | options
+    train(tmp_path / "whole", **options)
+    for num_calls in (5, 9, 6):
+        stopped(tmp_path / "stopped", num_calls, **options)
+    train(tmp_path / "stopped", **options)
+    (_, right, _), (_, log, _) = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
+    losses, expected = ([line["loss"] for line in lines if "loss" in line] for lines in (log, right))
+    assert losses == pytest.approx(expected, rel=1e-4)
