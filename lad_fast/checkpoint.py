@@ -293,12 +293,20 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write or replace a JSON file in one move."""
+    """Write or replace a JSON file in one move.
+
+    Raises:
+        OSError: no room, or another failure to write; what was there is left as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.rename(path)
-    sync(path.parent)
+    try:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from error
 
 
 @contextmanager

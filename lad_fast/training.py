@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -64,7 +65,7 @@ class TrainingConfig:
     save_minutes: float = 10.0
     """Minutes between checkpoints: what a killed run loses at most."""
     save_total_limit: int = 2
-    """Checkpoints kept, the newest; each takes about three times the model's size."""
+    """Checkpoints kept, the newest; each takes about three times the model's size, as does one more being written."""
     data_dir: Path | None = None
     """Folder with GLUE as Parquet files or official TSV files; None takes it from the Hugging Face hub."""
     cache_dir: Path | None = None
@@ -689,7 +690,8 @@ class _Log:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # each line has been flushed, or its failure is on its way
+            self.file.close()
 
     _COUNTERS = ("steps", "tokens", "skipped", "seconds", "history", "sums", "window_steps", "window_tokens")
 
@@ -791,8 +793,11 @@ class _Log:
             self.bar.write(f"{where}: {text}", file=sys.stderr)
 
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written ({error})") from error
 
 
 def _joined(values: dict[str, Tensor]) -> Tensor:

@@ -541,6 +541,20 @@ def test_a_full_disk_leaves_the_saved_models(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lower = after(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1])))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/log.jsonl could not be written .*File too large"):
+            train(tmp_path, hook=lower, save_steps=None)
+        with pytest.raises(OSError, match=f"{tmp_path}/config.json could not be written .*File too large"):
+            train(tmp_path, hook=never)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
+    assert not list(tmp_path.glob(".*.partial"))
+
+
 def test_a_model_caught_between_two_renames_is_put_back(tmp_path):
     save_checkpoint(tmp_path / "last", bert())
     (tmp_path / "last").rename(tmp_path / ".last.old")
