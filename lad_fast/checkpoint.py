@@ -139,13 +139,13 @@ class Checkpoints:
             _discard(final)
             partial.rename(final)
             sync(self.folder)
-            self._prune(step)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"output_dir is {self.run_folder}; the checkpoint of step {step} could not be written ({error}); "
                 "with room made, the same command resumes from the one before it"
             ) from error
+        self._prune(step)
         self._saved_at = time.monotonic()
         return final
 

@@ -47,6 +47,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
+_MOST_SKIPPED = 40  # steps in a row: the loss scale has been halved from 2^16 to 2^-24, and will not help
 
 
 @dataclass(kw_only=True)
@@ -680,7 +681,7 @@ class _Log:
         # disable=None: no bar where stderr is a file or a pipe.
         self.bar = tqdm(total=step.total_steps, desc=title, unit="step", disable=None if self.show else True)
         self.history: list[dict] = []
-        self.steps = self.tokens = self.skipped = 0
+        self.steps = self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.unchecked: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []
         self.start_window()
@@ -693,7 +694,9 @@ class _Log:
         with suppress(OSError):  # each line has been flushed, or its failure is on its way
             self.file.close()
 
-    _COUNTERS = ("steps", "tokens", "skipped", "seconds", "history", "sums", "window_steps", "window_tokens")
+    _COUNTERS = (
+        "steps", "tokens", "skipped", "skipped_in_a_row", "seconds", "history", "sums", "window_steps", "window_tokens",
+    )  # fmt: skip
 
     def state_dict(self) -> dict:
         window_seconds = time.perf_counter() - self.since
@@ -707,7 +710,7 @@ class _Log:
         self.since = time.perf_counter() - state["window_seconds"]
         self.file.write(lines.decode())
         self.file.flush()
-        self.bar.update(self.steps)
+        self.bar.n = self.bar.initial = self.steps
 
     def start_window(self) -> None:
         """Forget the losses gathered so far, and start the clock."""
@@ -730,7 +733,8 @@ class _Log:
     def check(self) -> None:
         """See that every step since the last check was finite; reads from the device.
 
-        Under a loss scaler, which skips a step whose gradients are not finite, such steps are counted.
+        Under a loss scaler, which skips a step whose gradients are not finite, such steps are counted; 40 in a row are
+        not its doing.
 
         Raises:
             FloatingPointError: names the first step that was not, what in it was not, and its examples.
@@ -741,9 +745,11 @@ class _Log:
         rows = torch.stack([_joined(values) for _, values, _ in unchecked]).isfinite().tolist()
         for (step, values, index), row in zip(unchecked, rows, strict=True):
             if all(row):
+                self.skipped_in_a_row = 0
                 continue
-            if self.is_scaled:
+            if self.is_scaled and self.skipped_in_a_row < _MOST_SKIPPED:
                 self.skipped += 1
+                self.skipped_in_a_row += 1
                 continue
             names = [
                 f"{name}[{i}]" if value.dim() else name for name, value in values.items() for i in range(value.numel())

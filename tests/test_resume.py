@@ -726,6 +726,12 @@ def test_steps_that_the_loss_scaler_skips_are_counted(tmp_path, objectives, monk
     assert found[39] < 20
 
 
+def test_a_loss_scaler_that_only_skips_ends_the_run(tmp_path, objectives):
+    spoil = after(25, set_nan(lambda: objectives[0].gates.weight[2]))  # from step 21: each evaluation takes 5 calls
+    with pytest.raises(FloatingPointError, match=r"step 61: not finite: loss, hidden_loss, hidden_losses.1., gradient"):
+        train(tmp_path, precision="float16", hook=spoil, epochs=5)
+
+
 def test_a_line_of_error_for_numbers_that_are_not_finite(monkeypatch, capsys, tmp_path):
     def broken(config):
         raise FloatingPointError("step 5: not finite: loss")
