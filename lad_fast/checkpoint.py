@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
-    "CheckpointError", "Checkpoints", "Interrupted", "StopSignals", "digest", "find_checkpoint", "get_rng_state",
-    "own_folder", "set_rng_state", "sync", "write_json",
+    "Checkpoint", "CheckpointError", "Checkpoints", "Interrupted", "StopSignals", "digest", "find_checkpoint",
+    "get_rng_state", "own_folder", "set_rng_state", "sync", "write_json",
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM only leave word; a second one does what it did before."""
+    """While it is entered, SIGINT and SIGTERM only leave word; a second one does what it did before.
+
+    One that nothing was stopped for is raised again at the end.
+    """
 
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None
@@ -74,13 +77,18 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *_error) -> None:
+        self._restore()
+        if self.received is not None and kind is None:
+            signal.raise_signal(self.received)
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         self.received = number
-        self.__exit__()
+        self._restore()
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if there has been a signal."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from lad_fast.checkpoint import (
+    Checkpoint,
     Checkpoints,
     Interrupted,
     StopSignals,
@@ -224,9 +226,9 @@ def finetune(
     _check_classes("model", model, task)
     config = _settle(config, device, model)
     batches, evaluation = _load_batches(config, task, model, tokenizer, train, evaluation, device)
-    with own_folder(Path(config.output_dir)):
+    with own_folder(Path(config.output_dir)), StopSignals() as signals:
         step = DistillStep(model.to(device), **_step_options(config, batches))
-        return _run(config, task, step, batches, evaluation, tokenizer)
+        return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
 def distill(
@@ -270,7 +272,7 @@ def distill(
     teacher.to(device)
     student.to(device)
     options = _step_options(config, batches)
-    with own_folder(Path(config.output_dir)):
+    with own_folder(Path(config.output_dir)), StopSignals() as signals:
         if config.method == "none":
             step = DistillStep(student, **options)
         else:
@@ -280,7 +282,7 @@ def distill(
                 student, teacher, _make_objective(config, task, teacher, student), teacher_cache=cache,
                 gate_learning_rate=config.gate_learning_rate, mask_padding=config.mask_padding, **options,
             )  # fmt: skip
-        return _run(config, task, step, batches, evaluation, tokenizer)
+        return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
@@ -499,6 +501,7 @@ def _run(
     batches: Batches,
     evaluation: dict[str, Batches],
     tokenizer,
+    signals: StopSignals,
 ) -> TrainingResult:
     """Epochs of steps, with an evaluation and saved models after each; from a checkpoint, where there is one."""
     output_dir, device = Path(config.output_dir), step.student.device
@@ -518,9 +521,9 @@ def _run(
     results.unlink(missing_ok=True)
     write_json(output_dir / "config.json", asdict(config))
     position, best = {"epoch": 1, "batches": 0}, None
-    with StopSignals() as signals, _Log(config, task.name, step, batches.split.ids) as log:
+    with _Log(config, task.name, step, batches.split.ids) as log:
         if found is not None:
-            position, best = found.state["position"], found.state["best"]
+            position, best = found.state["position"], _bring_best(found, output_dir)
             step.load_state_dict(found.state["step"])
             log.load_state_dict(found.state["log"], found.log)
             set_rng_state(found.state["rng"], device)
@@ -648,6 +651,19 @@ def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> TrainingRe
     model.load_state_dict(last.state_dict())
     _LOG.warning("%s: this run is finished; resume never starts it anew", output_dir)
     return result
+
+
+def _bring_best(found: Checkpoint, output_dir: Path) -> list | None:
+    """The checkpoint's best score so far, and its model too, where the checkpoint is another folder's."""
+    best, source, target = found.state["best"], found.path.parent.parent / "best", output_dir / "best"
+    if best is None or source.resolve() == target.resolve():
+        return best
+    if not source.is_dir():
+        _LOG.warning("%s: %s is absent; epochs before it are out of the running for best", found.path, source)
+        return None
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return best
 
 
 def _refill_cache(step: DistillStep, batches: Batches, position: dict, signals: StopSignals) -> None:

@@ -267,6 +267,31 @@ def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
     assert [line["metrics"]["validation"]["accuracy"] for line in result.history] == [0.75, 0.5, 0.25]
 
 
+def test_the_best_so_far_comes_along(tmp_path, monkeypatch, caplog):
+    def score(*values):
+        scores = iter(values)
+        monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
+
+    score(0.75)
+    path = stopped(tmp_path / "first", 20).path
+    best = (tmp_path / "first/best/model.safetensors").read_bytes()
+    score(0.5, 0.25)
+    assert train(tmp_path / "second", resume=str(path)).best_step == 13
+    assert (tmp_path / "second/best/model.safetensors").read_bytes() == best
+    shutil.rmtree(tmp_path / "first/best")
+    score(0.5, 0.25)
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "third", resume=str(path)).best_step == 26
+    assert "best is absent" in caplog.text
+
+
+def test_a_signal_too_late_to_stop_the_run_is_not_lost(tmp_path, undisturbed):
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(tmp_path, hook=after(3 * (13 + 5) - 1, send(signal.SIGINT)))  # in the last batch of all
+    assert not isinstance(stop.value, Interrupted)
+    assert outcome(tmp_path) == undisturbed()
+
+
 def test_stopped_while_the_cache_is_filled_again(tmp_path, undisturbed):
     stopped(tmp_path, 20)
     teacher = bert()
