@@ -186,8 +186,8 @@ class Checkpoints:
                 _LOG.warning("%s; trying the one before it", error)
         if steps:
             raise ValueError(
-                f"output_dir is {self.run_folder}; of its {len(steps)} checkpoints none that is left is whole; "
-                "resume never starts anew"
+                f"output_dir is {self.run_folder}; none of its {len(steps)} checkpoints is whole; resume never starts "
+                "anew"
             )
         return None
 
