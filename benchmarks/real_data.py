@@ -56,9 +56,9 @@ def run() -> None:
     for name, task, folder, epochs in RUNS:
         for kind, command in commands(name, task, folder, epochs).items():
             start = time.perf_counter()
-            subprocess.run(
-                [str(minilm) if word == "$MINILM" else word for word in command], cwd=ROOT, env=environment, check=True
-            )
+            words = [str(minilm) if word == "$MINILM" else word for word in command]
+            # What an earlier measurement left is no result of this one.
+            subprocess.run([*words, "--resume", "never"], cwd=ROOT, env=environment, check=True)
             whole_seconds = time.perf_counter() - start
             folder_of_run = ROOT / command[command.index("--output-dir") + 1]
             result = json.loads((folder_of_run / "results.json").read_text())

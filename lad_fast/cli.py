@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from lad_fast import training, tuning
+from lad_fast.checkpoint import Interrupted
 from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
 from lad_fast.doctor import doctor
@@ -109,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0, 1 for a doctor who found something broken, 2 for wrong input (one line on stderr).
+        The exit code: 0; 1 for something broken (doctor, or training whose numbers are not finite); 2 for wrong
+        input or a disk that takes no more; 128 + the signal's number (130, 143) for a run that SIGINT or SIGTERM
+        stopped. But for doctor's, one line on stderr says more.
     """
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -119,6 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped", file=sys.stderr)
         return 130

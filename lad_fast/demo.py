@@ -231,6 +231,7 @@ def demo(config: DemoConfig) -> list[Measurement]:
             "seed": config.seed,
             "num_threads": config.num_threads,
             "progress": config.progress,
+            "resume": "never",  # a demonstration shows it all again
         }
 
     def measure(name: str, result: TrainingResult) -> Measurement:

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
 from lad_fast.glue import Task
 from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
 
-__all__ = ["build_student", "load_classifier", "model_inputs", "run_model", "save_checkpoint"]
+__all__ = ["build_student", "load_classifier", "model_inputs", "quiet", "run_model", "save_checkpoint"]
 
 
 def load_classifier(
@@ -52,7 +54,7 @@ def load_classifier(
                 raise ValueError(f"it has no configuration entry {name!r}")
             setattr(settings, name, value)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        with _quiet():
+        with quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
                 output_loading_info=True, **options,
@@ -80,7 +82,7 @@ def load_classifier(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Transformers' bars and load reports: what they tell is checked here or expected."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -281,20 +283,32 @@ def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, 
         model, tokenizer: saved by ``save_pretrained``; no tokenizer, no tokenizer files.
         gates: a :class:`lad_fast.GateStack`, written as gates.safetensors.
         state: written as training.json.
+
+    Raises:
+        OSError: no room, or another failure to write; what was there is left as it was.
     """
     folder = Path(folder)
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with _quiet():
-        model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    if gates is not None:
-        gates.save_pretrained(partial)
-    if state is not None:
-        (partial / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    try:
+        with quiet():
+            model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if gates is not None:
+            gates.save_pretrained(partial)
+        if state is not None:
+            (partial / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} could not be written ({error})") from error
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

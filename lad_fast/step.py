@@ -72,6 +72,9 @@ class DistillStep:
         teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
         cuda_graphs: capture forward and backward of each shape of padded batch that comes again, and replay them.
 
+    Attributes:
+        grad_norms: of the last step before clipping, on the device: "student" () and, with gates, "gates" (L-1,).
+
     Raises:
         ValueError: a teacher without an objective or the other way round; graphs without a GPU.
     """
@@ -126,6 +129,7 @@ class DistillStep:
         self.optimizer = make_adamw(groups, learning_rate, optimizer)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
         self.graphs = StepGraphs(self._run, self._zero_grad, student.device) if cuda_graphs else None
+        self.grad_norms: dict[str, Tensor] = {}
 
     def __call__(self, *batches: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
         """One optimizer step over one batch, or over several whose gradients accumulate.
@@ -150,9 +154,9 @@ class DistillStep:
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value * share
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)
+        self.grad_norms = {"student": nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)}
         if self.gates is not None:
-            clip_each_gate_(self.gates, self.max_grad_norm)
+            self.grad_norms["gates"] = clip_each_gate_(self.gates, self.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -168,6 +172,35 @@ class DistillStep:
             teacher = cache.read(index, None if "packing" in inputs else inputs["input_ids"].shape[1])
         labels = batch["labels"].to(self.student.device, non_blocking=True)
         return Prepared(inputs, mask, labels, teacher, index, num_tokens(batch))
+
+    @torch.no_grad()
+    def fill_cache(self, batch: dict[str, Tensor]) -> None:
+        """Run the teacher alone, for the cache."""
+        inputs, _ = model_inputs(self.student, batch)
+        with self.autocast():
+            self.teacher_cache.write(batch["index"], *self._run_teacher(inputs))
+
+    def state_dict(self) -> dict:
+        """All that steps change, in nested dicts and lists: what the next step depends on beside its batch."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "student": self.student.state_dict(),
+            "objective": self.objective.state_dict() if self.uses_hidden_states else {},
+            # Its keys are numbers, which JSON does not know as names.
+            "optimizer": optimizer | {"state": {str(i): state for i, state in optimizer["state"].items()}},
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.student.load_state_dict(state["student"])
+        if self.uses_hidden_states:
+            self.objective.load_state_dict(state["objective"])
+        moments = {int(i): moment for i, moment in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
 
     def losses(self, batch: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
         """Forward passes and objective: losses by name, of which "loss" carries the gradient.
@@ -241,15 +274,20 @@ def _arrived(batch: Prepared, copied: torch.cuda.Event) -> Prepared:
     return batch
 
 
-def clip_each_gate_(gates: GateStack, max_norm: float) -> None:
-    """Scale each gate's gradients, its four tensors together, to a norm of at most ``max_norm``."""
+def clip_each_gate_(gates: GateStack, max_norm: float) -> Tensor:
+    """Scale each gate's gradients, its four tensors together, to a norm of at most ``max_norm``.
+
+    Returns:
+        The norms before, (L-1,).
+    """
     grads = [parameter.grad for parameter in gates.parameters() if parameter.grad is not None]
     if not grads:
-        return
+        return gates.bias.new_zeros(len(gates.bias))
     norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)  # (L-1,)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+    return norms
 
 
 def with_half_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,10 +1,13 @@
 """Training runs: fine-tuning and distillation around the step of :mod:`lad_fast.step`, and the published recipes."""
 
 import json
+import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,12 +20,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
+from lad_fast.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Interrupted,
+    StopSignals,
+    digest,
+    find_checkpoint,
+    get_rng_state,
+    own_folder,
+    set_rng_state,
+    write_json,
+)
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, tokenize
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
 from lad_fast.glue import Task, compute_metrics, get_task, load_split, predictions_from_logits
-from lad_fast.models import build_student, load_classifier, model_inputs, run_model, save_checkpoint
+from lad_fast.models import build_student, load_classifier, model_inputs, quiet, run_model, save_checkpoint
 from lad_fast.objective import LADObjective
 from lad_fast.packed import can_pack, enable_packing
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
@@ -33,6 +48,9 @@ __all__ = [
     "evaluate", "finetune", "recipe",
 ]  # fmt: skip
 
+_LOG = logging.getLogger(__name__)
+_MOST_SKIPPED = 40  # steps in a row: the loss scale has been halved from 2^16 to 2^-24, and will not help
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
@@ -41,7 +59,16 @@ class TrainingConfig:
     task: str
     """GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."""
     output_dir: Path
-    """Folder for best/, last/, log.jsonl, config.json and results.json; an earlier run's are replaced."""
+    """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in output_dir; a finished run is not run again, and another run's
+    folder is refused. never: start anew and replace what is there. Or a checkpoint, or the folder of a run."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints, beside those by time; None goes by time alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints: what a killed run loses at most."""
+    save_total_limit: int = 2
+    """Checkpoints kept, the newest; each takes about three times the model's size, as does one more being written."""
     data_dir: Path | None = None
     """Folder with GLUE as Parquet files or official TSV files; None takes it from the Hugging Face hub."""
     cache_dir: Path | None = None
@@ -84,6 +111,8 @@ class TrainingConfig:
     """Of data order, random weights and dropout."""
     log_every: int = 50
     """Optimizer steps between log lines: the only times that training waits for the GPU."""
+    detect_anomaly: bool = False
+    """Stop at the very step whose losses or gradients are not finite, not at the next log line; waits at each step."""
     progress: bool = True
     """Progress bar and one line an evaluation, on stderr."""
 
@@ -185,7 +214,10 @@ def finetune(
         model, tokenizer: instead of ``config.model``; the model is trained in place.
 
     Raises:
-        ValueError: a setting, model or data file that does not fit; the message names it.
+        ValueError: a setting, model, data file or output folder that does not fit; the message names it.
+        Interrupted: SIGINT or SIGTERM; a ``KeyboardInterrupt`` with the ``path`` of the checkpoint it left.
+        CheckpointError: a checkpoint could not be written.
+        FloatingPointError: losses or gradients are not finite; names the step, the examples and the parts.
     """
     device = _start(config)
     task = task or get_task(config.task)
@@ -194,8 +226,9 @@ def finetune(
     _check_classes("model", model, task)
     config = _settle(config, device, model)
     batches, evaluation = _load_batches(config, task, model, tokenizer, train, evaluation, device)
-    step = DistillStep(model.to(device), **_step_options(config, batches))
-    return _run(config, task, step, batches, evaluation, tokenizer)
+    with own_folder(Path(config.output_dir)), StopSignals() as signals:
+        step = DistillStep(model.to(device), **_step_options(config, batches))
+        return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
 def distill(
@@ -221,7 +254,10 @@ def distill(
             gets one trained projection a layer.
 
     Raises:
-        ValueError: a setting, model or data file that does not fit; the message names it.
+        ValueError: a setting, model, data file or output folder that does not fit; the message names it.
+        Interrupted: SIGINT or SIGTERM; a ``KeyboardInterrupt`` with the ``path`` of the checkpoint it left.
+        CheckpointError: a checkpoint could not be written.
+        FloatingPointError: losses or gradients are not finite; names the step, the examples and the parts.
     """
     device = _start(config)
     task = task or get_task(config.task)
@@ -236,16 +272,17 @@ def distill(
     teacher.to(device)
     student.to(device)
     options = _step_options(config, batches)
-    if config.method == "none":
-        step = DistillStep(student, **options)
-    else:
-        cache = _make_cache(config, batches, teacher, options["total_steps"])
-        config = replace(config, teacher_cache="off" if cache is None else cache.place)
-        step = DistillStep(
-            student, teacher, _make_objective(config, task, teacher, student), teacher_cache=cache,
-            gate_learning_rate=config.gate_learning_rate, mask_padding=config.mask_padding, **options,
-        )  # fmt: skip
-    return _run(config, task, step, batches, evaluation, tokenizer)
+    with own_folder(Path(config.output_dir)), StopSignals() as signals:
+        if config.method == "none":
+            step = DistillStep(student, **options)
+        else:
+            cache = _make_cache(config, batches, teacher, options["total_steps"])
+            config = replace(config, teacher_cache="off" if cache is None else cache.place)
+            step = DistillStep(
+                student, teacher, _make_objective(config, task, teacher, student), teacher_cache=cache,
+                gate_learning_rate=config.gate_learning_rate, mask_padding=config.mask_padding, **options,
+            )  # fmt: skip
+        return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
@@ -286,7 +323,6 @@ def _make_cache(
         lengths = np.full_like(lengths, config.max_length)
     dtype = getattr(torch, config.precision) if config.precision in HALF else torch.float32
     hidden_size, output_dir = teacher.config.hidden_size, Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     place = config.teacher_cache
     if by_itself:
         nbytes = num_layers * int(lengths.sum()) * hidden_size * dtype.itemsize
@@ -322,7 +358,7 @@ def _make_objective(config: DistillConfig, task: Task, teacher: PreTrainedModel,
 def _start(config: TrainingConfig) -> torch.device:
     """Check what nothing further down checks, seed everything, pick the device."""
     counts = "epochs", "max_steps", "gradient_accumulation_steps", "batch_size", "log_every", "num_threads"
-    for name in counts:
+    for name in (*counts, "save_steps", "save_total_limit"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it takes at least 1")
@@ -332,8 +368,9 @@ def _start(config: TrainingConfig) -> torch.device:
             raise ValueError(f"{name} is {value}; it takes a number of at least 0")
     if config.warmup_ratio > 1:
         raise ValueError(f"warmup_ratio is {config.warmup_ratio}; it takes 0 to 1")
-    if not config.max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {config.max_grad_norm}; it takes a number above 0")
+    for name in ("max_grad_norm", "save_minutes"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it takes a number above 0")
     for name in ("precision", "padding", "optimizer", "method", "teacher_cache"):
         known = get_args(get_type_hints(type(config)).get(name))
         value = getattr(config, name, None)
@@ -464,38 +501,79 @@ def _run(
     batches: Batches,
     evaluation: dict[str, Batches],
     tokenizer,
+    signals: StopSignals,
 ) -> TrainingResult:
-    """Epochs of steps, with an evaluation and checkpoints after each."""
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(output_dir / "config.json", asdict(config))
-    best = None
-    with _Log(output_dir / "log.jsonl", task.name, step.total_steps, config.progress) as log:
-        for epoch in range(1, config.epochs + 1):
-            batches.set_epoch(epoch)
-            prepared = prepare_ahead(batches, step.prepare, step.student.device)
-            for group in _groups(prepared, config.gradient_accumulation_steps):
-                log.add(step(*group), group)
-                if log.steps % config.log_every == 0:
-                    log.write_losses(epoch, step.scheduler.get_last_lr())
+    """Epochs of steps, with an evaluation and saved models after each; from a checkpoint, where there is one."""
+    output_dir, device = Path(config.output_dir), step.student.device
+    results = output_dir / "results.json"
+    run = _describe(config, step, batches, evaluation)
+    checkpoints = Checkpoints(output_dir, config.save_total_limit, config.save_steps, config.save_minutes)
+    if config.resume == "auto" and results.exists():
+        result = _finished(output_dir, run, step.student)
+        checkpoints.clear()
+        return result
+    found = find_checkpoint(config.resume, checkpoints)
+    if found is not None:
+        _refuse_another(f"checkpoint {found.path}", found.state["run"], run)
+        _LOG.warning("%s: going on from %s", output_dir, found.path)
+    elif config.resume == "never":
+        checkpoints.clear()
+    results.unlink(missing_ok=True)
+    write_json(output_dir / "config.json", asdict(config))
+    position, best = {"epoch": 1, "batches": 0}, None
+    with _Log(config, task.name, step, batches.split.ids) as log:
+        if found is not None:
+            position, best = found.state["position"], _bring_best(found, output_dir)
+            step.load_state_dict(found.state["step"])
+            log.load_state_dict(found.state["log"], found.log)
+            set_rng_state(found.state["rng"], device)
+
+        def save() -> Path:
+            log.check()  # a checkpoint of numbers that are not finite would be the end of the run
+            start = time.perf_counter()
+            state = {
+                "run": run, "position": position, "best": best, "log": log.state_dict(), "step": step.state_dict(),
+                "rng": get_rng_state(device),
+            }  # fmt: skip
+            path = checkpoints.save(log.steps, state, log.path)
+            log.since += time.perf_counter() - start
+            return path
+
+        try:
+            if found is not None and step.teacher_cache is not None:
+                _refill_cache(step, batches, position, signals)
+            for epoch in range(position["epoch"], config.epochs + 1):
+                batches.set_epoch(epoch)
+                prepared = prepare_ahead(islice(batches, position["batches"], None), step.prepare, device)
+                groups = _groups(prepared, config.gradient_accumulation_steps)
+                for group in islice(groups, step.total_steps - log.steps):
+                    log.add(step(*group), step.grad_norms, group)
+                    position["batches"] += len(group)
+                    if log.steps % config.log_every == 0:
+                        log.write_losses(epoch, step.scheduler.get_last_lr())
+                    if checkpoints.is_due(log.steps):
+                        save()
+                    signals.check()
+                log.write_losses(epoch, step.scheduler.get_last_lr())
+                metrics = {
+                    name: evaluate(step.student, signals.watch(split), task, precision=config.precision).metrics
+                    for name, split in evaluation.items()
+                }
+                state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
+                log.write_metrics(state)
+                score = sum(values[task.best_metric] for values in metrics.values())
+                # Without evaluation nothing tells epochs apart, and the last is taken.
+                if best is None or score > best[0] or not metrics:
+                    best = score, state
+                    save_checkpoint(output_dir / "best", step.student, tokenizer, step.gates, state)
+                save_checkpoint(output_dir / "last", step.student, tokenizer, step.gates, state)
+                position = {"epoch": epoch + 1, "batches": 0}
+                log.start_window()
                 if log.steps == step.total_steps:
                     break
-            log.write_losses(epoch, step.scheduler.get_last_lr())
-            metrics = {
-                name: evaluate(step.student, split, task, precision=config.precision).metrics
-                for name, split in evaluation.items()
-            }
-            state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
-            log.write_metrics(state)
-            score = sum(values[task.best_metric] for values in metrics.values())
-            # Without evaluation nothing tells epochs apart, and the last is taken.
-            if best is None or score > best[0] or not metrics:
-                best = score, state
-                save_checkpoint(output_dir / "best", step.student, tokenizer, step.gates, state)
-            save_checkpoint(output_dir / "last", step.student, tokenizer, step.gates, state)
-            log.start_window()
-            if log.steps == step.total_steps:
-                break
+        except Interrupted as stop:
+            stop.step, stop.path = log.steps, save()
+            raise
     result = TrainingResult(
         best_metrics=best[1]["metrics"], last_metrics=metrics, best_step=best[1]["step"], history=log.history,
         seconds=log.seconds, steps=log.steps, tokens=log.tokens,
@@ -503,8 +581,96 @@ def _run(
     )  # fmt: skip
     content = asdict(result)
     del content["model"]
-    _write_json(output_dir / "results.json", content)
+    write_json(results, content | {"run": run})
+    checkpoints.clear()
     return replace(result, model=step.student)
+
+
+# What does not change what is computed but by rounding; models and data are compared by content, not by path.
+_MAY_DIFFER = {
+    "output_dir", "data_dir", "cache_dir", "model", "teacher", "pretrained", "recipe", "resume", "save_steps",
+    "save_minutes", "save_total_limit", "device", "num_threads", "log_every", "detect_anomaly", "progress",
+}  # fmt: skip
+
+
+def _describe(config: TrainingConfig, step: DistillStep, batches: Batches, evaluation: dict[str, Batches]) -> dict:
+    """What makes a run this one: settings by name, and digests of its data and models by what to say of others."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_DIFFER}
+    if "teacher_cache" in settings:  # wherever it is, it holds the same numbers
+        settings["teacher_cache"] = "off" if step.teacher_cache is None else "on"
+
+    def data(**splits: TokenizedSplit) -> str:
+        return digest(
+            *(
+                part
+                for name, split in splits.items()
+                for part in (name, split.input_ids, split.token_type_ids, split.offsets, split.labels, split.ids)
+            )
+        )
+
+    def model(model: PreTrainedModel) -> str:
+        unlike = ("_name_or_path", "transformers_version")
+        settings = {name: value for name, value in model.config.to_dict().items() if name not in unlike}
+        return digest(json.dumps(settings, sort_keys=True, default=str), model.state_dict())
+
+    digests = {
+        "the training data differ": data(train=batches.split),
+        "the evaluation data differ": data(**{name: split.split for name, split in evaluation.items()}),
+        "the model at its start differs": model(step.student),
+    }
+    if step.teacher is not None:
+        digests["the teacher differs"] = model(step.teacher)
+    return json.loads(json.dumps({"settings": settings, "digests": digests}, default=str))
+
+
+def _refuse_another(what: str, old: dict, new: dict) -> None:
+    names = [*new["settings"], *(old["settings"].keys() - new["settings"].keys())]
+    was, now = ({name: run["settings"].get(name) for name in names} for run in (old, new))
+    found = [f"{name} was {was[name]} and is {now[name]}" for name in names if was[name] != now[name]]
+    found += [text for text, value in new["digests"].items() if value != old["digests"].get(text)]
+    if found:
+        raise ValueError(
+            f"{what} is of another run: {', '.join(found)}; take another output_dir, or resume never to replace it"
+        )
+
+
+def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> TrainingResult:
+    """The result of the run that ended in ``output_dir``, if it is this one; ``model`` takes its last weights."""
+    try:
+        content = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
+        old = content.pop("run")
+        with quiet():
+            last = type(model).from_pretrained(output_dir / "last", dtype=torch.float32)
+        result = TrainingResult(**content | {"output_dir": output_dir}, model=model)
+    except (OSError, ValueError, TypeError, KeyError) as error:  # written by an earlier version, or by hand
+        raise ValueError(
+            f"output_dir is {output_dir}; what a finished run left there cannot be read ({type(error).__name__}: "
+            f"{error}); resume never starts anew"
+        ) from error
+    _refuse_another(f"output_dir {output_dir}", old, run)
+    model.load_state_dict(last.state_dict())
+    _LOG.warning("%s: this run is finished; resume never starts it anew", output_dir)
+    return result
+
+
+def _bring_best(found: Checkpoint, output_dir: Path) -> list | None:
+    """The checkpoint's best score so far, and its model too, where the checkpoint is another folder's."""
+    best, source, target = found.state["best"], found.path.parent.parent / "best", output_dir / "best"
+    if best is None or source.resolve() == target.resolve():
+        return best
+    if not source.is_dir():
+        _LOG.warning("%s: %s is absent; epochs before it are out of the running for best", found.path, source)
+        return None
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return best
+
+
+def _refill_cache(step: DistillStep, batches: Batches, position: dict, signals: StopSignals) -> None:
+    """What the teacher made of the first epoch, again batch by batch as then: other batches would round otherwise."""
+    batches.set_epoch(1)
+    for batch in signals.watch(islice(batches, position["batches"] if position["epoch"] == 1 else None)):
+        step.fill_cache(batch)
 
 
 def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
@@ -513,21 +679,27 @@ def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
     return iter(lambda: tuple(islice(iterator, size)), ())
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 class _Log:
-    """log.jsonl, the progress bar and the counters. Losses gather on the device until a line is due."""
+    """log.jsonl, the progress bar and the counters. Losses gather on the device until a line is due.
 
-    def __init__(self, path: Path, title: str, total_steps: int, show: bool) -> None:
-        self.show = show
-        self.file = path.open("w", encoding="utf-8")
+    Args:
+        config: of the run.
+        title: of the bar.
+        step: whose losses they are.
+        ids: (N,) of the training examples.
+    """
+
+    def __init__(self, config: TrainingConfig, title: str, step: DistillStep, ids: np.ndarray) -> None:
+        self.show, self.checks_each_step, self.ids = config.progress, config.detect_anomaly, ids
+        self.is_scaled, self.device = step.scaler.is_enabled(), step.student.device
+        self.path = Path(config.output_dir) / "log.jsonl"
+        self.file = self.path.open("w", encoding="utf-8")
         # disable=None: no bar where stderr is a file or a pipe.
-        self.bar = tqdm(total=total_steps, desc=title, unit="step", disable=None if show else True)
+        self.bar = tqdm(total=step.total_steps, desc=title, unit="step", disable=None if self.show else True)
         self.history: list[dict] = []
-        self.steps = self.tokens = 0
+        self.steps = self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
+        self.unchecked: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []
         self.start_window()
 
     def __enter__(self) -> "_Log":
@@ -535,7 +707,26 @@ class _Log:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # each line has been flushed, or its failure is on its way
+            self.file.close()
+
+    _COUNTERS = (
+        "steps", "tokens", "skipped", "skipped_in_a_row", "seconds", "history", "sums", "window_steps", "window_tokens",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        window_seconds = time.perf_counter() - self.since
+        return {name: getattr(self, name) for name in self._COUNTERS} | {"window_seconds": window_seconds}
+
+    def load_state_dict(self, state: dict, lines: bytes) -> None:
+        """Go on from what :meth:`state_dict` gave, and the log's content then."""
+        for name in self._COUNTERS:
+            setattr(self, name, state[name])
+        self.sums = {name: value.to(self.device) for name, value in self.sums.items()}
+        self.since = time.perf_counter() - state["window_seconds"]
+        self.file.write(lines.decode())
+        self.file.flush()
+        self.bar.n = self.bar.initial = self.steps
 
     def start_window(self) -> None:
         """Forget the losses gathered so far, and start the clock."""
@@ -543,20 +734,58 @@ class _Log:
         self.window_steps = self.window_tokens = 0
         self.since = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], batches: tuple[Prepared, ...]) -> None:
+    def add(self, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], batches: tuple[Prepared, ...]) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.window_tokens += sum(batch.num_tokens for batch in batches)
         self.window_steps += 1
         self.steps += 1
+        norms = {f"gradient of {name}": value for name, value in grad_norms.items()}
+        self.unchecked.append((self.steps, losses | norms, [batch.index for batch in batches]))
+        if self.checks_each_step:
+            self.check()
         self.bar.update()
 
+    def check(self) -> None:
+        """See that every step since the last check was finite; reads from the device.
+
+        Under a loss scaler, which skips a step whose gradients are not finite, such steps are counted; 40 in a row are
+        not its doing.
+
+        Raises:
+            FloatingPointError: names the first step that was not, what in it was not, and its examples.
+        """
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked:
+            return
+        rows = torch.stack([_joined(values) for _, values, _ in unchecked]).isfinite().tolist()
+        for (step, values, index), row in zip(unchecked, rows, strict=True):
+            if all(row):
+                self.skipped_in_a_row = 0
+                continue
+            if self.is_scaled and self.skipped_in_a_row < _MOST_SKIPPED:
+                self.skipped += 1
+                self.skipped_in_a_row += 1
+                continue
+            names = [
+                f"{name}[{i}]" if value.dim() else name for name, value in values.items() for i in range(value.numel())
+            ]
+            parts = [name for name, is_finite in zip(names, row, strict=True) if not is_finite]
+            examples = self.ids[torch.cat(index).numpy()].tolist()
+            raise FloatingPointError(
+                f"step {step}: not finite: {', '.join(parts)}; ids of its examples: {', '.join(map(str, examples))}"
+            )
+
     def write_losses(self, epoch: int, learning_rates: list[float]) -> None:
-        """Mean losses since the last line; the one place that reads them from the device."""
+        """Mean losses since the last line; but for checkpoints the one place that reads them from the device.
+
+        Raises:
+            FloatingPointError: see :meth:`check`.
+        """
         if not self.window_steps:
             return
-        flat = torch.cat([value.reshape(-1) for value in self.sums.values()]).div(self.window_steps)
-        values = iter(flat.tolist())
+        self.check()
+        values = iter(_joined(self.sums).div(self.window_steps).tolist())
         losses = {
             name: [next(values) for _ in range(len(value))] if value.dim() else next(values)
             for name, value in self.sums.items()
@@ -565,6 +794,8 @@ class _Log:
         record = {"step": self.steps, "epoch": epoch, **losses, "lr": learning_rates[0]}
         if len(learning_rates) > 2:
             record["gate_lr"] = learning_rates[2]
+        if self.is_scaled:
+            record["skipped_steps"] = self.skipped
         record["tokens_per_second"] = round(self.window_tokens / seconds, 1)
         self.seconds += seconds
         self.tokens += self.window_tokens
@@ -584,8 +815,15 @@ class _Log:
             self.bar.write(f"{where}: {text}", file=sys.stderr)
 
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written ({error})") from error
+
+
+def _joined(values: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in values.values()])
 
 
 class Evaluation(NamedTuple):

@@ -490,7 +490,7 @@ def test_methods_differ_in_their_first_loss(tmp_path):
     teacher, train = bert(), split(8)
     first = {}
     for method in ("lad", "logits", "none"):
-        config = settings(tmp_path, method=method, max_steps=1, log_every=1)
+        config = settings(tmp_path / method, method=method, max_steps=1, log_every=1)
         distill(config, train=train, evaluation={}, teacher=teacher)
         first[method] = lines(config.output_dir)[0]
     (batch,) = Batches(train, 8, 0, shuffle=False)
@@ -629,7 +629,8 @@ def test_progress_shows_on_stderr_alone(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "rte epoch 2 step 4: validation accuracy" in shown.err
-    finetune(settings(tmp_path, FinetuneConfig), train=split(16), evaluation={}, model=bert())
+    quiet = settings(tmp_path, FinetuneConfig, resume="never")
+    finetune(quiet, train=split(16), evaluation={}, model=bert())
     assert capsys.readouterr().err == ""
 
 

@@ -1,0 +1,780 @@
+"""Runs that are killed, stopped, or find their files broken, against runs that nothing happens to."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from lad_fast import checkpoint, cli, training
+from lad_fast.checkpoint import CheckpointError, Checkpoints, Interrupted
+from lad_fast.data import Batches, TokenizedSplit
+from lad_fast.glue import get_task
+from lad_fast.models import save_checkpoint
+from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
+
+RTE = get_task("rte")
+TIMES = ("tokens_per_second", "seconds")
+
+
+def bert(num_layers=4, seed=0, dropout=0.1):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=24, hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16,
+            num_hidden_layers=num_layers, num_labels=2, initializer_range=0.2, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )  # fmt: skip
+
+
+def split(num_examples, seed=0, name="train"):
+    numbers = np.random.default_rng(seed)
+    lengths = numbers.integers(4, 13, num_examples)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = numbers.integers(4, 24, offsets[-1]).astype(np.int32)
+    return TokenizedSplit(
+        RTE, name, ids, None, offsets, numbers.integers(0, 2, num_examples), 100 + np.arange(num_examples)
+    )
+
+
+def settings(output_dir, kind=DistillConfig, **options):
+    common = {
+        "task": "rte", "output_dir": output_dir, "batch_size": 4, "epochs": 3, "max_length": 16, "log_every": 3,
+        "learning_rate": 3e-3, "progress": False, "device": "cpu", "precision": "float32", "save_steps": 2,
+    }  # fmt: skip
+    own = {"model": ""} if kind is FinetuneConfig else {"teacher": "", "student_layers": 2, "backend": "torch"}
+    return kind(**common | own | options)
+
+
+def train(output_dir, *, kind=DistillConfig, hook=None, **options):
+    """A whole run: 13 batches an epoch, dropout, gates, a teacher cache, an evaluation an epoch."""
+    data = {"train": split(50), "evaluation": {"validation": split(20, seed=1, name="validation")}}
+    if kind is FinetuneConfig:
+        model = bert()
+        if hook is not None:
+            model.base_model.register_forward_pre_hook(hook)
+        return finetune(settings(output_dir, kind, **options), **data, model=model)
+    student = bert(2, seed=1)
+    if hook is not None:
+        student.base_model.register_forward_pre_hook(hook)  # packed batches go there
+    return distill(settings(output_dir, **options), **data, teacher=bert(), student=student)
+
+
+def after(num_calls, action):
+    """A forward hook that acts on one call of the model, and on no other."""
+    calls = iter(range(10**9))
+    return lambda *_: action() if next(calls) == num_calls else None
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def stopped(output_dir, num_calls=17, number=signal.SIGTERM, **options):
+    """A run that a signal stops in the student's forward pass of that number."""
+    with pytest.raises(Interrupted) as stop:
+        train(output_dir, hook=after(num_calls, send(number)), **options)
+    return stop.value
+
+
+def outcome(folder):
+    """Everything a run leaves but times: weights to the bit, the log, the results."""
+
+    def timeless(record):
+        return {name: value for name, value in record.items() if name not in TIMES}
+
+    tensors = {}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        for name, value in load_file(path).items():
+            tensors[f"{path.relative_to(folder)}:{name}"] = value.numpy().tobytes()
+    log = [timeless(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
+    results = timeless(json.loads((folder / "results.json").read_text()))
+    return tensors, log, {name: value for name, value in results.items() if name != "output_dir"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcome of a run by its options; each is made once."""
+    made = {}
+
+    def get(**options):
+        key = repr(sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            train(folder, **options)
+            made[key] = outcome(folder)
+        return made[key]
+
+    return get
+
+
+ENGINES = {
+    "cached": {},
+    "not cached": {"teacher_cache": "off"},
+    "cached on disk, accumulating": {"teacher_cache": "disk", "gradient_accumulation_steps": 2},
+    "packed": {"padding": "packed"},
+    "padding counted": {"padding": "max_length", "mask_padding": False},
+    "bfloat16, reversed": {"precision": "bfloat16", "reverse": True},
+    "float16": {"precision": "float16"},
+    "logits": {"method": "logits"},
+    "labels": {"method": "none"},
+    "fine-tuning": {"kind": FinetuneConfig},
+    "max_steps": {"max_steps": 20},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stopped_run_goes_on_to_the_bit(tmp_path, undisturbed, engine):
+    """Stopped four times: in the first epoch, in an evaluation (steps and evaluations: 13 + 5 calls), in the second
+    epoch and right after."""
+    options = ENGINES[engine]
+    tensors, log, results = undisturbed(**options)
+    for num_calls in (5, 9, 6, 0):
+        stop = stopped(tmp_path, num_calls, **options)
+        assert stop.path.is_dir()
+        assert not (tmp_path / "results.json").exists()
+    train(tmp_path, **options)
+    found = outcome(tmp_path)
+    assert found[1] == log
+    assert found[2] == results
+    assert found[0] == tensors
+    assert len(tensors) > 20
+
+
+def attempt(folder, **options):
+    """Start the run in a process of its own: no import to wait for, and nothing shared but the folder."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            train(folder, **options)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def killed_until_done(folder, delays, **options):
+    """Kill the run after each delay and start it again, until it ends by itself.
+
+    Returns:
+        For each kill, whether it met a save under way.
+    """
+    kills = []
+    while True:
+        before = set(folder.glob("checkpoints/.*"))
+        pid = attempt(folder, **options)
+        killer = threading.Timer(next(delays), os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        # The child is left to be waited for until the timer can no longer meet another process of its number.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        killer.cancel()
+        killer.join()
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0, "a resumed run failed; its traceback is above"
+            return kills
+        kills.append(bool(set(folder.glob("checkpoints/.*")) - before))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside pytest's own threads
+def test_thirty_kills_change_nothing(tmp_path, undisturbed):
+    expected = undisturbed(save_steps=1)
+    numbers, seconds = random.Random(20231), []
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        assert killed_until_done(tmp_path / name, iter([60]), save_steps=1) == []
+        seconds.append(time.perf_counter() - start)
+    delays = iter(lambda: numbers.uniform(0, 0.5 * min(seconds)), None)
+    kills, runs = [], 0
+    while len(kills) < 30:
+        folder = tmp_path / str(runs)
+        kills += killed_until_done(folder, delays, save_steps=1)
+        runs += 1
+        assert outcome(folder) == expected, f"killed in {kills}"
+        assert not (folder / "checkpoints").exists(), "a finished run needs no checkpoints"
+        shutil.rmtree(folder)
+    print(f"{len(kills)} kills in {runs} runs of {min(seconds):.2f} s: {sum(kills)} of them in a save")
+
+
+POINTS = ["tensors written", "before the rename", "after the rename", "while old ones go"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_inside_a_save(tmp_path, undisturbed, monkeypatch, point):
+    """Random moments seldom meet a save's short steps: here each is met."""
+
+    def die(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    calls = iter(range(10**9))
+
+    def on_call(number, function):
+        return lambda *args, **kwargs: die() if next(calls) == number else function(*args, **kwargs)
+
+    pid = os.fork()
+    if pid == 0:
+        if point == "tensors written":
+            monkeypatch.setattr(checkpoint, "_digest", on_call(7, checkpoint._digest))
+        elif point == "before the rename":
+            monkeypatch.setattr(checkpoint, "sync", on_call(9, checkpoint.sync))
+        elif point == "after the rename":
+            monkeypatch.setattr(Checkpoints, "_prune", on_call(3, Checkpoints._prune))
+        else:
+            monkeypatch.setattr(checkpoint, "_discard", on_call(3, checkpoint._discard))
+        try:
+            train(tmp_path)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert list((tmp_path / "checkpoints").iterdir())
+    train(tmp_path)
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
+    def score(*values):
+        scores = iter(values)
+        monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
+
+    score(0.75)
+    stopped(tmp_path, 20)
+    score(0.5, 0.25)
+    result = train(tmp_path)
+    assert result.best_step == 13
+    assert result.best_metrics == {"validation": {"accuracy": 0.75}}
+    assert [line["metrics"]["validation"]["accuracy"] for line in result.history] == [0.75, 0.5, 0.25]
+
+
+def test_the_best_so_far_comes_along(tmp_path, monkeypatch, caplog):
+    def score(*values):
+        scores = iter(values)
+        monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
+
+    score(0.75)
+    path = stopped(tmp_path / "first", 20).path
+    best = (tmp_path / "first/best/model.safetensors").read_bytes()
+    score(0.5, 0.25)
+    assert train(tmp_path / "second", resume=str(path)).best_step == 13
+    assert (tmp_path / "second/best/model.safetensors").read_bytes() == best
+    shutil.rmtree(tmp_path / "first/best")
+    score(0.5, 0.25)
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path / "third", resume=str(path)).best_step == 26
+    assert "best is absent" in caplog.text
+
+
+def test_a_signal_too_late_to_stop_the_run_is_not_lost(tmp_path, undisturbed):
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(tmp_path, hook=after(3 * (13 + 5) - 1, send(signal.SIGINT)))  # in the last batch of all
+    assert not isinstance(stop.value, Interrupted)
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_stopped_while_the_cache_is_filled_again(tmp_path, undisturbed):
+    stopped(tmp_path, 20)
+    teacher = bert()
+    teacher.base_model.register_forward_pre_hook(after(3, send(signal.SIGTERM)))
+    calls = []
+    teacher.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    evaluation = {"validation": split(20, seed=1, name="validation")}
+    with pytest.raises(Interrupted):
+        distill(settings(tmp_path), train=split(50), evaluation=evaluation, teacher=teacher, student=bert(2, seed=1))
+    assert len(calls) == 4
+    train(tmp_path)
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append((str(old), str(new))), rename(old, new))[1])
+    for name, save in (
+        ("step-7", lambda: Checkpoints(tmp_path).save(7, {"a": [torch.ones(3)]}, tmp_path / "log")),
+        ("last", lambda: save_checkpoint(tmp_path / "last", bert())),
+    ):
+        (tmp_path / "log").write_text("")
+        save()
+        (place,) = (i for i, entry in enumerate(done) if isinstance(entry, tuple) and entry[1].endswith(name))
+        old, new = map(Path, done[place])
+        assert set(done[:place]) == {str(old), *(str(old / path.name) for path in new.iterdir())}
+        assert str(new.parent) in done[place:]
+        done.clear()
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    stopped(tmp_path, 10, save_total_limit=3)
+    assert names(tmp_path) == ["step-10", "step-11", "step-8"]
+    files = {path.name for path in (tmp_path / "checkpoints/step-8").iterdir()}
+    assert files == {"tensors.safetensors", "state.json", "log.jsonl", "manifest.json"}
+    shutil.rmtree(tmp_path)
+    stopped(tmp_path, 5, save_steps=None)
+    assert names(tmp_path) == ["step-6"]  # the minutes have not passed, so the signal's alone
+    shutil.rmtree(tmp_path)
+    stopped(tmp_path, 5, save_steps=None, save_minutes=1e-9)
+    assert names(tmp_path) == ["step-5", "step-6"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
+    before = signal.getsignal(number)
+    stop = stopped(tmp_path, 6, number)
+    assert stop.signal == number
+    assert stop.path == tmp_path / "checkpoints/step-7"
+    assert str(stop) == f"stopped by {number.name} after step 7; the same call goes on from {stop.path}"
+    assert isinstance(stop, KeyboardInterrupt)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.slow
+def test_the_command_line_says_how_it_stopped(tmp_path, capsys):
+    """The whole way: a process, a signal, an exit code and one line; then the same command again."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no"]
+    save_checkpoint(tmp_path / "model", bert(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}))
+    rows = [f"{i}\tyes no\tno\t{RTE.labels[i % 2]}" for i in range(60)]
+    for name in ("train", "dev"):
+        path = tmp_path / "data/RTE" / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    argv = ["finetune", "--task", "rte", "--model", str(tmp_path / "model"), "--data-dir", str(tmp_path / "data")]
+    argv += ["--output-dir", str(tmp_path / "run"), "--max-length", "16", "--device", "cpu", "--batch-size", "1"]
+    argv += ["--no-progress", "--epochs", "30", "--save-steps", "5", "--num-threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "lad_fast", *argv], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("run/checkpoints/step-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(told.splitlines()) == 1, told
+    assert told.startswith("lad-fast: stopped by SIGTERM after step "), told
+    assert cli.main([*argv, "--epochs", "2"]) == 2  # not the run it was
+    assert "epochs was 30 and is 2" in capsys.readouterr().err
+
+
+DIFFERENCES = [
+    ({"epochs": 4}, "epochs was 3 and is 4"),
+    ({"learning_rate": 1e-3, "seed": 1}, "learning_rate was 0.003 and is 0.001, seed was 42 and is 1"),
+    ({"teacher_cache": "off"}, "teacher_cache was on and is off"),
+    ({"precision": "bfloat16"}, "precision was float32 and is bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), DIFFERENCES)
+def test_another_configuration_is_refused(tmp_path, options, message):
+    stopped(tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message) as error:
+        train(tmp_path, **options)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    train(tmp_path, resume="never", **options)
+    with pytest.raises(ValueError, match="was"):  # nor is a finished run replaced
+        train(tmp_path)
+
+
+def test_other_data_and_models_are_refused(tmp_path):
+    def run(train=0, evaluation=1, teacher=0, student=1, dropout=0.1, hook=None):
+        model = bert(2, seed=student, dropout=dropout)
+        if hook is not None:
+            model.register_forward_pre_hook(hook)
+        data = {"train": split(50, train), "evaluation": {"validation": split(20, evaluation)}}
+        distill(settings(tmp_path), **data, teacher=bert(4, teacher), student=model)
+
+    with pytest.raises(Interrupted):
+        run(hook=after(4, send(signal.SIGINT)))
+    others = {
+        "train": (2, "the training data differ"),
+        "evaluation": (2, "the evaluation data differ"),
+        "teacher": (2, "the teacher differs"),
+        "student": (2, "the model at its start differs"),
+        "dropout": (0.0, "the model at its start differs"),
+    }
+    for name, (value, message) in others.items():
+        with pytest.raises(ValueError, match=message):
+            run(**{name: value})
+    run()
+
+
+def test_settings_that_may_differ(tmp_path, undisturbed):
+    stopped(tmp_path / "a", teacher_cache="disk")
+    (tmp_path / "a").rename(tmp_path / "b")
+    train(
+        tmp_path / "b", save_steps=None, save_minutes=3.0, save_total_limit=1, progress=True, teacher_cache="cpu",
+        num_threads=1, detect_anomaly=True, cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert outcome(tmp_path / "b") == undisturbed()
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, caplog):
+    first = train(tmp_path)
+    before = outcome(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        again = train(tmp_path, hook=lambda *_: pytest.fail("the model ran"))
+    assert "is finished" in caplog.text
+    assert str(tmp_path) in caplog.text
+    for name in (field.name for field in dataclasses.fields(first) if field.name not in ("model", "output_dir")):
+        assert getattr(again, name) == getattr(first, name), name
+    assert again.output_dir == tmp_path
+    for (name, value), other in zip(first.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    assert outcome(tmp_path) == before
+    train(tmp_path, resume="never", seed=1)
+    assert outcome(tmp_path)[0] != before[0]
+
+
+def test_resuming_from_a_named_checkpoint(tmp_path, undisturbed):
+    stopped(tmp_path / "run", 17)
+    checkpoints = tmp_path / "run/checkpoints"
+    oldest = min(checkpoints.iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    train(tmp_path / "other", resume=str(oldest))
+    assert outcome(tmp_path / "other") == undisturbed()
+    train(tmp_path / "third", resume=str(tmp_path / "run"))
+    assert outcome(tmp_path / "third") == undisturbed()
+    train(tmp_path / "run", resume=str(oldest))
+    assert outcome(tmp_path / "run") == undisturbed()
+    for path in (tmp_path / "nowhere", tmp_path / "third"):
+        with pytest.raises(ValueError, match=f"resume is {path}; it takes"):
+            train(tmp_path / "fourth", resume=str(path))
+
+
+def damaged(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+        return
+    if how == "truncated":
+        del content[len(content) // 2 :]
+    elif how == "empty":
+        content.clear()
+    else:
+        content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "gone"])
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "log.jsonl", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, caplog, file, how):
+    newest = stopped(tmp_path, 16).path
+    damaged(newest / file, how)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path)
+    assert f"{newest} is damaged" in caplog.text
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_nothing_whole_is_no_new_start(tmp_path):
+    stopped(tmp_path, 16)
+    for path in (tmp_path / "checkpoints").iterdir():
+        damaged(path / "state.json", "truncated")
+    with pytest.raises(ValueError, match=f"output_dir is {tmp_path}; .*none .* is whole.*resume never"):
+        train(tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        train(tmp_path, resume=str(path))
+
+
+def test_checkpoints_hold_no_pickles(tmp_path):
+    path = stopped(tmp_path, 6).path
+    state = json.loads((path / "state.json").read_text())
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {
+        "tensors.safetensors", "state.json", "log.jsonl",
+    }  # fmt: skip
+    tensors = load_file(path / "tensors.safetensors")
+    assert any("exp_avg_sq" in name for name in tensors)
+    assert state["position"] == {"epoch": 1, "batches": 7}
+
+
+def tmpfs(folder, size):
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() or subprocess.run(options, check=False, capture_output=True).returncode:
+        pytest.skip("takes the right to mount a tmpfs")
+    return folder
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, undisturbed):
+    disk = tmpfs(tmp_path / "disk", "1500k")
+    try:
+        run = disk / "run"
+        with pytest.raises(CheckpointError) as error:
+            train(run, save_total_limit=99)
+        message = str(error.value)
+        assert message.startswith(f"output_dir is {run}; the checkpoint of step ")
+        assert "No space left on device" in message
+        assert "\n" not in message
+        kept = names(run)
+        assert len(kept) >= 2
+        assert not any(name.startswith(".") for name in kept)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        train(run)
+        assert outcome(run) == undisturbed()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_size_limit_leaves_the_older_checkpoints(tmp_path, undisturbed):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lower = after(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))
+    try:
+        with pytest.raises(CheckpointError, match=r"the checkpoint of step 6 could not be written .*File too large"):
+            train(tmp_path, hook=lower)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-2", "step-4"]
+    train(tmp_path)
+    assert outcome(tmp_path) == undisturbed()
+
+
+def test_a_full_disk_leaves_the_saved_models(tmp_path):
+    save_checkpoint(tmp_path / "last", bert())
+    before = (tmp_path / "last/model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'last'} could not be written .*File too large"):
+            save_checkpoint(tmp_path / "last", bert(seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lower = after(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1])))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path}/log.jsonl could not be written .*File too large"):
+            train(tmp_path, hook=lower, save_steps=None)
+        with pytest.raises(OSError, match=f"{tmp_path}/config.json could not be written .*File too large"):
+            train(tmp_path, hook=never)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_model_caught_between_two_renames_is_put_back(tmp_path):
+    save_checkpoint(tmp_path / "last", bert())
+    (tmp_path / "last").rename(tmp_path / ".last.old")
+    before = (tmp_path / ".last.old/model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            save_checkpoint(tmp_path / "last", bert(seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last/model.safetensors").read_bytes() == before
+
+
+def never(*_):
+    pytest.fail("training started")
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    for folder in (tmp_path / "run", tmp_path / "run/deeper"):
+        with pytest.raises(ValueError, match=f"output_dir is {folder}; it takes a folder to write to"):
+            train(folder, hook=never)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/checkpoints").write_text("")
+    with pytest.raises(ValueError, match=f"output_dir is {tmp_path / 'other'}; it takes a folder to write to"):
+        train(tmp_path / "other", hook=never)
+
+
+def test_a_read_only_folder_is_refused(tmp_path):
+    disk = tmpfs(tmp_path / "disk", "1m")
+    try:
+        stopped(disk / "run", 3)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for folder in (disk / "run", disk / "new"):
+            with pytest.raises(ValueError, match=f"output_dir is {folder}; it takes .* Read-only file system"):
+                train(folder, hook=never)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """While the first run is under way; not once it has ended, however it ended."""
+
+    def second():
+        with pytest.raises(ValueError, match=f"output_dir is {tmp_path}; another run .* {os.getpid()}"):
+            train(tmp_path, hook=never)
+
+    train(tmp_path, hook=after(3, second))
+    train(tmp_path, resume="never", epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_steps": 0}, "save_steps is 0"),
+        ({"save_minutes": 0.0}, "save_minutes is 0.0"),
+        ({"save_total_limit": 0}, "save_total_limit is 0"),
+        ({"resume": "maybe"}, "resume is maybe; it takes"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, hook=never, **options)
+
+
+@pytest.fixture
+def objectives(monkeypatch):
+    """The objectives that runs make, as they make them."""
+    made, make = [], training._make_objective
+
+    def kept(*args):
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(training, "_make_objective", kept)
+    return made
+
+
+def set_nan(find):
+    """An action that spoils what ``find`` finds."""
+
+    def act():
+        with torch.no_grad():
+            find().fill_(float("nan"))
+
+    return act
+
+
+def spoil_gradients(parameter, row, steps, value=float("nan")):
+    """Spoil a row of the parameter's gradients in backward passes of those numbers, from 1."""
+    calls = iter(range(1, 10**9))
+
+    def spoilt(gradient):
+        if next(calls) not in steps:
+            return gradient
+        gradient = gradient.clone()
+        gradient[row] = value
+        return gradient
+
+    parameter.register_hook(spoilt)
+
+
+def first_epochs_ids(batch):
+    """The ids of a batch of the first epoch, counted from 0."""
+    data = Batches(split(50), 4, 0, shuffle=True, seed=42)
+    data.set_epoch(1)
+    return ", ".join(map(str, list(data)[batch]["ids"].tolist()))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_numbers_that_are_not_finite_end_the_run(tmp_path, objectives, precision, at_once):
+    """A gate of NaN in the fifth step: its aggregate's hidden loss is named, the other's and the logits' are not."""
+    calls = []
+    spoil = after(4, set_nan(lambda: objectives[0].gates.weight[2]))
+
+    def hook(*_):
+        calls.append(1)
+        spoil()
+
+    options = {"precision": precision, "detect_anomaly": at_once, "save_steps": None}
+    with pytest.raises(FloatingPointError) as error:
+        train(tmp_path, hook=hook, **options)
+    parts = "loss, hidden_loss, hidden_losses[1], gradient of student, gradient of gates[0], gradient of gates[1], "
+    parts += "gradient of gates[2]"
+    assert str(error.value) == f"step 5: not finite: {parts}; ids of its examples: {first_epochs_ids(4)}"
+    assert len(calls) == (5 if at_once else 6)  # log_every is 3
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path, objectives):
+    spoil = after(0, lambda: spoil_gradients(objectives[0].gates.weight, 1, {5}))
+    with pytest.raises(FloatingPointError) as error:
+        train(tmp_path, hook=spoil, gradient_accumulation_steps=2)
+    examples = f"{first_epochs_ids(4)}, {first_epochs_ids(5)}"  # the third step's two batches
+    assert str(error.value) == f"step 3: not finite: gradient of gates[1]; ids of its examples: {examples}"
+
+
+def test_no_checkpoint_is_made_of_numbers_that_are_not_finite(tmp_path, objectives):
+    spoil = after(4, set_nan(lambda: objectives[0].gates.weight[2]))
+    with pytest.raises(FloatingPointError, match="step 5: not finite"):
+        train(tmp_path, hook=spoil, log_every=1000)
+    assert names(tmp_path) == ["step-2", "step-4"]
+    train(tmp_path)
+
+
+def test_the_device_is_not_waited_for_between_log_lines(tmp_path, monkeypatch):
+    checks, check = [], training._Log.check
+    monkeypatch.setattr(training._Log, "check", lambda log: (checks.append(log.steps), check(log)))
+    train(tmp_path, log_every=10, save_steps=None)
+    assert checks == [10, 13, 20, 26, 30, 39]
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(tmp_path, objectives, monkeypatch):
+    scales, update = [], torch.amp.GradScaler.update
+
+    def recorded(scaler):
+        before = scaler.get_scale()
+        update(scaler)
+        scales.append(scaler.get_scale() < before)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "update", recorded)
+    spoil = after(0, lambda: spoil_gradients(objectives[0].gates.bias, 0, {20, 24, 25}, float("inf")))
+    train(tmp_path, precision="float16", hook=spoil)
+    assert scales[19] and scales[23] and scales[24]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["skipped_steps"] for line in log if "loss" in line}
+    assert found == {step: sum(scales[:step]) for step in found}
+    assert found[39] < 20
+
+
+def test_a_loss_scaler_that_only_skips_ends_the_run(tmp_path, objectives):
+    spoil = after(25, set_nan(lambda: objectives[0].gates.weight[2]))  # from step 21: each evaluation takes 5 calls
+    with pytest.raises(FloatingPointError, match=r"step 61: not finite: loss, hidden_loss, hidden_losses.1., gradient"):
+        train(tmp_path, precision="float16", hook=spoil, epochs=5)
+
+
+def test_a_line_of_error_for_numbers_that_are_not_finite(monkeypatch, capsys, tmp_path):
+    def broken(config):
+        raise FloatingPointError("step 5: not finite: loss")
+
+    monkeypatch.setattr(training, "distill", broken)
+    argv = ["distill", "--task", "rte", "--teacher", "x", "--output-dir", str(tmp_path)]
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err == "lad-fast: error: step 5: not finite: loss\n"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"precision": "float16"}], ids=str)
+def test_a_stopped_run_goes_on_on_a_gpu(tmp_path, options):
+    options = {"device": "cuda", "backend": None, "log_every": 1} | options
+    train(tmp_path / "whole", **options)
+    for num_calls in (5, 9, 6):
+        stopped(tmp_path / "stopped", num_calls, **options)
+    train(tmp_path / "stopped", **options)
+    (_, right, _), (_, log, _) = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
+    losses, expected = ([line["loss"] for line in lines if "loss" in line] for lines in (log, right))
+    assert losses == pytest.approx(expected, rel=1e-4)
