@@ -457,6 +457,12 @@ def test_tokenizer_files_named_outside(model, entry, name):
     refused(model, rf"tokenizer_config\.json: {entry}.* is {re.escape(repr(name))}; it takes .*name")
 
 
+def test_a_tokenizers_old_place_does_no_harm(model):
+    """Old versions of Transformers wrote it down, and many published folders hold it."""
+    change(model / "tokenizer_config.json", tokenizer_file="/root/nobody/.cache/tokenizer.json", name_or_path="a/b")
+    assert load_classifier(model, RTE)[1]("a").input_ids == [2, 5, 3]
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"])
 def test_links_that_leave_the_folder(model, name):
     target = model.parent / f"outside-{name}"
