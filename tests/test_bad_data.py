@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedTokenizerFast
 
 from lad_fast.data import Batches, TokenizedSplit, tokenize
 from lad_fast.glue import DataError, Examples, get_task, load_split
+from lad_fast.models import save_checkpoint
 
 SECONDS = 20  # no case takes one of its own: the rest is for a machine with other work
 LONG = "x" * 10**6
@@ -557,6 +558,44 @@ def test_parquet_with_a_column_twice(tmp_path):
     check("sst2", "train", tmp_path, path, "2 columns 'sentence'; it takes one", None)
 
 
+KINDS = [
+    pa.nulls(4), pa.array([1, 0, 1, 0], pa.int8()), pa.array([1.0, 0, 1, 0]), pa.array([True] * 4),
+    pa.array([1, 0, 1, 0]).dictionary_encode(), pa.array(["1", "0", "2", "3"]).dictionary_encode(),
+    pa.array([b"1"] * 4), pa.array([b"1"] * 4, pa.binary(1)), pa.array([b"1"] * 4, pa.large_binary()),
+    pa.array([Decimal(1)] * 4), pa.array([0, 1, 2, 3], pa.date32()), pa.array([0, 1, 2, 3], pa.timestamp("us", "UTC")),
+    pa.array([0, 1, 2, 3], pa.time64("us")), pa.array([0, 1, 2, 3], pa.duration("ms")),
+    pa.array([[1]] * 4), pa.array([[1]] * 4, pa.list_(pa.int8(), 1)), pa.array([{"a": 1}] * 4),
+    pa.array([[("a", 1)]] * 4, pa.map_(pa.string(), pa.int8())), pa.array([[]] * 4, pa.list_(pa.string())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["text", "label", "idx"])
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+@pytest.mark.parametrize("values", KINDS, ids=lambda values: str(values.type)[:20])
+def test_columns_of_any_type(tmp_path, task, name, values):
+    """Numbers where numbers are due, texts where texts: all else is refused with the column's name."""
+    key, path = PARQUET_TEXTS[task][0] if name == "text" else name, tmp_path / "train.parquet"
+    table = pa.table(columns(task) | {key: values})
+    parquet.write_table(table, path)
+    try:
+        examples = load_split(task, "train", tmp_path)
+    except DataError as error:
+        assert str(error).startswith(str(path)) and re.search(rf"'{key}'|row [1-4]: {key} ", str(error)), error
+        assert len(str(error)) < len(str(path)) + 300
+    else:
+        assert content(examples) == written_in(task, table)
+
+
+@pytest.mark.parametrize("label", [None, pa.nulls(4), pa.array([-1] * 4), pa.array(["x"] * 4)], ids=str)
+def test_labels_of_a_test_split_are_not_read(tmp_path, label):
+    given = columns("rte") | ({} if label is None else {"label": label})
+    if label is None:
+        del given["label"]
+    parquet.write_table(pa.table(given), tmp_path / "test.parquet")
+    examples = load_split("rte", "test", tmp_path)
+    assert examples.labels is None and examples.texts == given["sentence1"].to_pylist()
+
+
 def parquet_bytes(**options) -> bytes:
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns("rte")), buffer, **options)
@@ -805,6 +844,22 @@ def test_bad_arrays_in_the_cache_are_made_again(tmp_path, caplog, changes):
     again = tokenize(examples, tokenizer(), 8, tmp_path)
     assert "is damaged" in caplog.text
     assert again.input_ids.tolist() == good.input_ids.tolist() and again.offsets.tolist() == good.offsets.tolist()
+
+
+def test_the_command_line_names_file_and_line(tmp_path, capsys):
+    from lad_fast.cli import main
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=7, max_position_embeddings=128, **sizes))
+    save_checkpoint(tmp_path / "model", bert, BertTokenizer(vocab=words))
+    sheet = Sheet("rte", "train")
+    sheet.set(2, "label", "maybe")
+    (tmp_path / "train.tsv").write_bytes(sheet.data())
+    flags = ["--model", str(tmp_path / "model"), "--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "run")]
+    assert main(["finetune", "--task", "rte", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{tmp_path}/train.tsv, line 4: label 'maybe'; rte takes entailment" in told
 
 
 # --- by hypothesis ----------------------------------------------------------------------------------------------------

@@ -201,6 +201,21 @@ def test_a_models_good_pickle_loads(model, write):
     assert torch.equal(loaded.classifier.weight, good["classifier.weight"])
 
 
+@pytest.mark.parametrize("bomb", ["compressed", "expanded"])
+def test_a_models_pickle_that_claims_more_than_it_is(model, bomb):
+    """Entries that the model does not even have: memory that is mapped cannot be unpacked, nor a view be copied."""
+    good = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    more = torch.zeros(1).expand(HUGE, HUGE) if bomb == "expanded" else torch.zeros(10**6)
+    data = (compressed if bomb == "compressed" else zipped)({**good, "more": more})
+    assert len(data) < 10**6
+    (model / "pytorch_model.bin").write_bytes(data)
+    if bomb == "compressed":
+        refused(model, "could not be loaded")
+    else:
+        load_classifier(model, RTE)
+
+
 def test_a_script_module_for_a_gate(tmp_path):
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), buffer)
@@ -675,6 +690,27 @@ def test_any_entry_of_a_config(model, entry, value):
         assert f"model {model}" in str(error) and "\n" not in str(error)
     finally:
         (model / "config.json").write_text(good)
+
+
+TOKENIZER_ENTRIES = [
+    "added_tokens_decoder", "additional_special_tokens", "auto_map", "backend", "chat_template", "cls_token",
+    "do_lower_case", "extra_special_tokens", "fast_tokenizer_files", "init_inputs", "mask_token", "merges_file",
+    "model_input_names", "model_max_length", "name_or_path", "pad_token", "padding_side", "special_tokens_map_file",
+    "tokenizer_class", "tokenizer_file", "truncation_side", "unk_token", "vocab", "vocab_file",
+]  # fmt: skip
+
+
+@MANY
+@given(entry=st.sampled_from(TOKENIZER_ENTRIES), value=JSON)
+def test_any_entry_of_a_tokenizer(model, entry, value):
+    good = (model / "tokenizer_config.json").read_text()
+    change(model / "tokenizer_config.json", **{entry: value})
+    try:
+        load_classifier(model, RTE)
+    except ValueError as error:
+        assert f"model {model}" in str(error) and "\n" not in str(error)
+    finally:
+        (model / "tokenizer_config.json").write_text(good)
 
 
 @MANY
