@@ -99,7 +99,7 @@ def tokenize(
 
     Raises:
         ValueError: ``max_length`` leaves no room beside the special tokens or exceeds what the tokenizer's
-            model takes; ``cache_dir`` cannot be written.
+            model takes; the tokenizer knows no word; ``cache_dir`` cannot be written.
         DataError: an example without any token (the tokenizer adds no special tokens).
     """
     num_special = tokenizer.num_special_tokens_to_add(pair=examples.text_pairs is not None)
@@ -110,6 +110,12 @@ def tokenize(
     if max_length > tokenizer.model_max_length:
         raise ValueError(
             f"max_length is {max_length}; the tokenizer takes at most {tokenizer.model_max_length}"
+        )
+
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # as Transformers makes it without a folder's files
+        raise ValueError(
+            f"tokenizer of {tokenizer.name_or_path!r} has special tokens alone, so that every word is unknown to it; "
+            "its folder lacks tokenizer.json or vocab.txt"
         )
 
     path = None

@@ -67,7 +67,7 @@ def load_classifier(
                 source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
                 output_loading_info=True, weights_only=True, **options,
             )  # fmt: skip
-        num_tokens, num_special = len(tokenizer), len(set(tokenizer.all_special_tokens))
+        num_tokens = len(tokenizer)
     except (_LabelError, _ClaimError):
         raise
     except Exception as error:  # a broken checkpoint raises anything from OSError to SafetensorError
@@ -84,10 +84,6 @@ def load_classifier(
         raise ValueError(f"model {name_or_path} lacks {len(inner)} of its encoder's weights, such as {inner[0]}")
     if fine_tuned and random:
         raise ValueError(f"model {name_or_path} is no finished classifier: it lacks {', '.join(random)}")
-    if num_tokens <= num_special:  # what Transformers makes where the files are missing: every word is unknown to it
-        raise ValueError(
-            f"model {name_or_path} has a tokenizer of special tokens alone; it takes tokenizer.json or vocab.txt"
-        )
     if num_tokens > model.config.vocab_size:
         raise ValueError(
             f"model {name_or_path} has a tokenizer of {num_tokens} tokens; its embeddings hold "

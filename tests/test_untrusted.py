@@ -411,7 +411,7 @@ def test_sizes_that_the_weights_do_not_bear_out(model, no_weights, entry):
 )  # fmt: skip
 def test_config_that_is_none(model, text):
     (model / "config.json").write_text(text)
-    refused(model, "")
+    refused(model, r"could not be loaded|config\.json:? (is no JSON|holds)")
 
 
 def test_config_in_latin_1(model):
@@ -591,7 +591,7 @@ def test_code_beside_a_known_model_is_not_run(code, marker):
 def test_models_that_need_code_are_refused(code, marker, entries):
     change(code / "config.json", **entries)
     change(code / "tokenizer_config.json", trust_remote_code=True)
-    refused(code, "")
+    refused(code, "could not be loaded")
     assert not marker.exists()
 
 
@@ -601,14 +601,21 @@ def test_tokenizers_that_need_code(code, marker, tokenizer_class):
         (code / name).unlink(missing_ok=True)
     change(code / "tokenizer_config.json", auto_map={"AutoTokenizer": AUTO_MAP["AutoTokenizer"]})
     change(code / "tokenizer_config.json", tokenizer_class=tokenizer_class, trust_remote_code=True)
-    refused(code, "")
+    try:
+        _, tokenizer = load_classifier(code, RTE)
+    except ValueError as error:
+        assert f"model {code}" in str(error)
+    else:
+        assert type(tokenizer).__module__.startswith("transformers.")
     assert not marker.exists()
 
 
-def test_a_folder_without_words_is_refused(model):
+def test_a_folder_without_words_tokenises_nothing(model):
     """Transformers makes a tokenizer of special tokens alone, to which every word is unknown."""
     (model / "tokenizer.json").unlink()
-    refused(model, "has a tokenizer of special tokens alone; it takes tokenizer.json or vocab.txt")
+    _, tokenizer = load_classifier(model, RTE)
+    with pytest.raises(ValueError, match=rf"tokenizer of '{model}' has special tokens alone.* tokenizer\.json"):
+        tokenize(Examples("sst2", "train", ["a", "b c"], labels=[0, 1]), tokenizer, 8)
 
 
 @pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation", "experts_implementation"])
@@ -654,7 +661,7 @@ def test_the_source_reads_no_pickle_and_trusts_no_code():
             assert called not in ("eval", "exec", "__import__", "pickle.load", "pickle.loads", "torch.jit.load"), where
             assert "trust_remote_code" not in keywords or keywords["trust_remote_code"] == "False", where
             assert keywords.get("allow_pickle", "False") == "False", where
-            if called == "torch.load":
+            if called == "torch.load" or "weights_only" in keywords:
                 assert keywords.get("weights_only") == "True", where
             seen.add(called)
     assert {"torch.load", "np.load", "safe_open", "AutoConfig.from_pretrained"} <= seen
