@@ -118,7 +118,8 @@ _INT, _NUMBER = (int,), (int, float)
 # Entries of config.json: pattern of the name, types, least and most. The counts are of modules and of label names,
 # which are made one by one, before weights are looked at; other sizes are held against those.
 _ENTRIES = (
-    (r"(num|n)_.*(layers|heads|groups)|inner_group_num|n_(layers|heads)", _INT, 1, 1000),
+    (r"num_hidden_layers|num_attention_heads|n_(layers|heads)", _INT, 1, 1000),
+    (r"num_.*(layers|heads|groups)|inner_group_num", _INT, 0, 1000),
     (r"num_labels", _INT, 1, 100_000),
     (r"type_vocab_size", _INT, 0, 10**8),
     (r"(vocab|hidden|embedding|intermediate)_size|max_position_embeddings|dim|hidden_dim", _INT, 1, 10**8),
@@ -142,7 +143,7 @@ def _check_folder(name_or_path, folder: Path) -> None:
     for name, value in _entries(name_or_path, folder / "config.json"):
         where, key = f"model {name_or_path}: config.json: {name}", name.rpartition(".")[2]
         for pattern, kinds, least, most in _ENTRIES:
-            if value is None or not re.fullmatch(pattern, key):
+            if value is None or name.startswith("label2id.") or not re.fullmatch(pattern, key):
                 continue
             if type(value) not in kinds or not least <= value <= most:
                 what = "an integer" if kinds is _INT else "a number"

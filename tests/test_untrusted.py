@@ -393,6 +393,20 @@ def test_absurd_entries_are_named(model, no_weights, entry):
 @pytest.mark.parametrize(
     "entry",
     [
+        {"label2id": {"dim": 0, "dropout": 7}}, {"classifier_dropout": 0}, {"num_labels": 3},
+        {"num_nextn_predict_layers": 0}, {"type_vocab_size": 2, "anything": 10**30}, {"layer_norm_eps": 1e-5},
+        {"id2label": {str(n): f"class {n}" for n in range(2000)}}, {"summary": {"deep": [{"er": [1.5, None]}]}},
+    ],
+    ids=lambda entry: str(entry)[:50],
+)  # fmt: skip
+def test_entries_that_are_not_absurd(model, entry):
+    change(model / "config.json", **entry)
+    load_classifier(model, RTE)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
         {"hidden_size": 10**6}, {"vocab_size": 10**8}, {"intermediate_size": 10**7}, {"type_vocab_size": 10**8},
         {"max_position_embeddings": 10**8}, {"num_hidden_layers": 900, "hidden_size": 4096},
         {"hidden_size": 10**8, "vocab_size": 10**8},
