@@ -684,7 +684,7 @@ def test_the_source_reads_no_pickle_and_trusts_no_code():
 # --- by hypothesis ----------------------------------------------------------------------------------------------------
 
 MANY = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from([-1, 0, 1, 2**31, 2**63, "../x", "/x"]) |
