@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lad_fast.glue import DataError, Examples, Task
+from lad_fast.glue import DataError, Examples, Task, checked_ids, checked_labels
 
 __all__ = ["Batches", "TokenizedSplit", "tokenize"]
 
@@ -37,6 +37,10 @@ class TokenizedSplit:
         offsets: (N+1,) int64, from 0 to T.
         labels: (N,) int64 class ids or float32 scores; None for a test split.
         ids: (N,) int64 numbers of the examples.
+
+    Raises:
+        DataError: arrays that do not belong together, an example without tokens, a label outside the task's, or a
+            number twice; "labels[2]" counts from 0.
     """
 
     task: Task
@@ -47,6 +51,13 @@ class TokenizedSplit:
     labels: np.ndarray | None
     ids: np.ndarray
 
+    def __post_init__(self) -> None:
+        where = f"split {self.split!r} of {self.task.name}"
+        _check_tokens(where, self.input_ids, self.token_type_ids, self.offsets)
+        if self.labels is not None:
+            self.labels = checked_labels(self.task, f"{where}: labels", self.labels, len(self), "the split")
+        self.ids = checked_ids(f"{where}: ids", self.ids, len(self), "the split")
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -54,6 +65,22 @@ class TokenizedSplit:
     def lengths(self) -> np.ndarray:
         """(N,) int64 tokens of each example."""
         return np.diff(self.offsets)
+
+
+def _check_tokens(where: str, input_ids, token_type_ids, offsets) -> None:
+    for name, values in (("input_ids", input_ids), ("token_type_ids", token_type_ids), ("offsets", offsets)):
+        if values is not None and (values.ndim != 1 or values.dtype.kind not in "iu"):
+            raise DataError(f"{where}: {name} is {values.dtype} of shape {values.shape}; it takes a row of integers")
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(input_ids):
+        raise DataError(f"{where}: offsets is {offsets}; it takes N + 1 from 0 to T = {len(input_ids)}")
+    if not (rises := offsets[1:] > offsets[:-1]).all():
+        bad = int(np.argmin(rises)) + 1
+        raise DataError(f"{where}: offsets[{bad}] is {offsets[bad]}; it takes at least one token an example")
+    if (input_ids < 0).any():
+        bad = int(np.argmax(input_ids < 0))
+        raise DataError(f"{where}: input_ids[{bad}] is {input_ids[bad]}; it takes a token, at least 0")
+    if token_type_ids is not None and len(token_type_ids) != len(input_ids):
+        raise DataError(f"{where}: token_type_ids has {len(token_type_ids)} entries; input_ids has {len(input_ids)}")
 
 
 def tokenize(
@@ -72,7 +99,7 @@ def tokenize(
 
     Raises:
         ValueError: ``max_length`` leaves no room beside the special tokens or exceeds what the tokenizer's
-            model takes; ``cache_dir`` cannot be written.
+            model takes; the tokenizer knows no word; ``cache_dir`` cannot be written.
         DataError: an example without any token (the tokenizer adds no special tokens).
     """
     num_special = tokenizer.num_special_tokens_to_add(pair=examples.text_pairs is not None)
@@ -83,6 +110,12 @@ def tokenize(
     if max_length > tokenizer.model_max_length:
         raise ValueError(
             f"max_length is {max_length}; the tokenizer takes at most {tokenizer.model_max_length}"
+        )
+
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # as Transformers makes it without a folder's files
+        raise ValueError(
+            f"tokenizer of {tokenizer.name_or_path!r} has special tokens alone, so that every word is unknown to it; "
+            "its folder lacks tokenizer.json or vocab.txt"
         )
 
     path = None
@@ -157,9 +190,9 @@ def _read_cache(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:  # a zip archive: reading checks a CRC of every array
             arrays = {name: file[name] for name in file.files}
-        offsets, tokens = arrays["offsets"], arrays["input_ids"].shape
-        if len(offsets) != num_examples + 1 or tokens != (offsets[-1],):
-            raise ValueError(f"{len(offsets)} offsets, {num_examples} examples, tokens {tokens}")
+        _check_tokens(str(path), arrays["input_ids"], arrays.get("token_type_ids"), arrays["offsets"])
+        if len(arrays["offsets"]) != num_examples + 1:
+            raise ValueError(f"{len(arrays['offsets'])} offsets, {num_examples} examples")
     except Exception as error:  # whatever is wrong with it, the remedy is the same: make it again
         _LOG.warning("%s is damaged (%s: %s); making it again", path, type(error).__name__, error)
         return None

@@ -1,6 +1,8 @@
 """The gate blocks of LAD as one module with stacked parameters."""
 
 import json
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,44 @@ from lad_fast import reference
 __all__ = ["GateStack"]
 
 _FILE_NAME = "gates.safetensors"
+_PUBLISHED_NAMES = ("linear.weight", "linear.bias", "layernorm.weight", "layernorm.bias")
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises a ValueError where a link leads out of the folder; in the hub's cache links lead to its blobs."""
+    root = Path(os.path.realpath(folder))
+    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(allowed) for allowed in roots):
+        raise ValueError(f"{path} leads out of the folder, to {target}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def _load_published(path: Path) -> dict:
+    """One published gate; only tensors are read, and none larger than the file."""
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # a zip file's end alone would do for zipfile, not for PyTorch
+    if not is_zip or not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no zip file, which torch.save writes and the published loop used")
+    with zipfile.ZipFile(path) as file:
+        claimed = sum(member.file_size for member in file.infolist())
+    if claimed > path.stat().st_size:
+        raise ValueError(f"{path} claims {claimed} bytes in {path.stat().st_size}; torch.save does not compress")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch's own text would say how to run what it refused
+        reason = f"cannot be read as tensors alone ({type(error).__name__}); nothing in it was run"
+        raise ValueError(f"{path} {reason}") from error
+
+
+def _shapes(num_layers: int, hidden_size: int, seq_len: int, norm: str) -> dict[str, tuple[int, ...]]:
+    gates = num_layers - 1
+    affine = (gates, seq_len, hidden_size) if norm == "sequence" else (gates, hidden_size)
+    weight = (gates, hidden_size, hidden_size)
+    return {"weight": weight, "bias": (gates, hidden_size), "norm_weight": affine, "norm_bias": affine}
 
 
 class GateStack(nn.Module):
@@ -48,12 +88,11 @@ class GateStack(nn.Module):
             raise ValueError(f"norm is {norm!r}; it takes 'sequence' or 'token'")
         self.num_layers, self.hidden_size, self.seq_len = num_layers, hidden_size, seq_len
         self.norm, self.reverse = norm, bool(reverse)
-        num_gates = num_layers - 1
-        affine = (num_gates, seq_len, hidden_size) if norm == "sequence" else (num_gates, hidden_size)
-        self.weight = nn.Parameter(torch.empty(num_gates, hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_gates, hidden_size))
-        self.norm_weight = nn.Parameter(torch.empty(affine))
-        self.norm_bias = nn.Parameter(torch.empty(affine))
+        shapes = _shapes(num_layers, hidden_size, seq_len, norm)
+        self.weight = nn.Parameter(torch.empty(shapes["weight"]))
+        self.bias = nn.Parameter(torch.empty(shapes["bias"]))
+        self.norm_weight = nn.Parameter(torch.empty(shapes["norm_weight"]))
+        self.norm_bias = nn.Parameter(torch.empty(shapes["norm_bias"]))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -115,7 +154,8 @@ class GateStack(nn.Module):
             gates: L modules in chain order. The published code makes one a layer and never uses the first.
             reverse: whether they were trained along the reversed chain.
         """
-        return cls._from_state_dicts([gate.state_dict() for gate in gates], reverse)
+        states = [gate.state_dict() for gate in gates]
+        return cls._from_state_dicts(states, [f"gates[{i}]" for i in range(len(states))], reverse)
 
     @classmethod
     def from_official_checkpoint(cls, directory: str | Path, step: int, reverse: bool = False) -> "GateStack":
@@ -123,24 +163,39 @@ class GateStack(nn.Module):
 
         Raises:
             FileNotFoundError: no gate of that step in the directory, or a gap in their numbers.
+            ValueError: a file that holds anything but a gate's tensors (nothing in it is run), that leads out of the
+                directory, or whose tensors do not fit the others'.
         """
-        directory, states = Path(directory), []
+        directory, states, paths = Path(directory), [], []
         while (path := directory / f"gate-{len(states)}-{step}.pt").is_file():
-            states.append(torch.load(path, map_location="cpu", weights_only=True))
+            check_inside(directory, path)
+            states.append(_load_published(path))
+            paths.append(str(path))
         found = len(list(directory.glob(f"gate-*-{step}.pt")))
         if not states or found != len(states):
             raise FileNotFoundError(f"directory {directory} has {found} files gate-*-{step}.pt; missing {path.name}")
-        return cls._from_state_dicts(states, reverse)
+        return cls._from_state_dicts(states, paths, reverse)
 
     @classmethod
-    def _from_state_dicts(cls, states: list[dict], reverse: bool) -> "GateStack":
-        names = ("linear.weight", "linear.bias", "layernorm.weight", "layernorm.bias")
+    def _from_state_dicts(cls, states: list[dict], names: list[str], reverse: bool) -> "GateStack":
+        """A stack of the published gates in ``states``; ``names`` says in messages where each comes from."""
         if len(states) < 2:
             raise ValueError(f"gates holds {len(states)} gates; it takes one a teacher layer, at least 2")
-        for i, state in enumerate(states):
-            if set(state) != set(names):
-                raise ValueError(f"gates[{i}] holds {sorted(state)}; a published gate holds {list(names)}")
+        for name, state in zip(names, states, strict=True):
+            if not isinstance(state, dict):
+                raise ValueError(f"{name} holds a {type(state).__name__}; a published gate holds a dictionary")
+            if set(state) != set(_PUBLISHED_NAMES):
+                found = str(sorted(map(str, state)))[:200]
+                raise ValueError(f"{name} holds {found}; a published gate holds {list(_PUBLISHED_NAMES)}")
+            for key, value in state.items():
+                _check_tensor(f"{name}: {key}", value)
         affine = states[1]["layernorm.weight"]
+        hidden_size = affine.shape[-1] if affine.dim() else 0
+        shapes = [(hidden_size, hidden_size), (hidden_size,), (affine.shape[-2:]), (affine.shape[-2:])]
+        for name, state in zip(names[1:], states[1:], strict=True):
+            for key, shape in zip(_PUBLISHED_NAMES, shapes, strict=True):
+                if (found := tuple(state[key].shape)) != tuple(shape) or not found:
+                    raise ValueError(f"{name}: {key} is of shape {found}; it takes {tuple(shape)}")
         stack = cls(
             num_layers=len(states),
             hidden_size=affine.shape[-1],
@@ -150,8 +205,8 @@ class GateStack(nn.Module):
         )
         with torch.no_grad():
             parameters = (stack.weight, stack.bias, stack.norm_weight, stack.norm_bias)
-            for name, parameter in zip(names, parameters, strict=True):
-                parameter.copy_(torch.stack([state[name] for state in states[1:]]))
+            for key, parameter in zip(_PUBLISHED_NAMES, parameters, strict=True):
+                parameter.copy_(torch.stack([state[key] for state in states[1:]]))
         return stack
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -164,13 +219,58 @@ class GateStack(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "GateStack":
-        """Read what :meth:`save_pretrained` wrote."""
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: no gates.safetensors in the folder.
+            ValueError: a damaged file, one that leads out of the folder, or whose metadata is not what its tensors
+                bear out; no memory is taken for a size that is only claimed.
+        """
         from safetensors import safe_open
 
         path = Path(folder) / _FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(f"folder {folder} has no {_FILE_NAME}")
-        with safe_open(path, framework="pt") as file:
-            stack = cls(**json.loads(file.metadata()["config"]))
-            stack.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        check_inside(Path(folder), path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                config = _checked_config(file)
+                stack = cls(**config)
+                stack.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except Exception as error:  # a damaged file raises anything from SafetensorError to RecursionError
+            raise ValueError(f"{path} cannot be read as gates: {_first_line(error)}") from error
         return stack
+
+
+def _check_tensor(name: str, value) -> None:
+    """A strided float tensor that has the memory its size claims: an expanded one of a few bytes may claim any."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; it takes a tensor")
+    is_dense = value.layout == torch.strided and not value.is_meta and value.is_floating_point()
+    if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        kind = f"{value.dtype}, {value.layout}, on {value.device}, of shape {tuple(value.shape)}"
+        raise ValueError(f"{name} is {kind}; it takes floats in memory of that size")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite; it takes finite ones")
+
+
+def _checked_config(file) -> dict:
+    """The configuration in a file's metadata, held against the shapes of its tensors, which safetensors checks."""
+    metadata = file.metadata() or {}
+    if "config" not in metadata:
+        raise ValueError(f"it takes metadata with 'config'; it has {str(sorted(metadata))[:100]}")
+    config = json.loads(metadata["config"])
+    names = {"num_layers", "hidden_size", "seq_len", "norm", "reverse"}
+    if not isinstance(config, dict) or set(config) != names or type(config["reverse"]) is not bool:
+        raise ValueError(f"config is {str(config)[:200]}; it takes {sorted(names)}")
+    for name in ("num_layers", "hidden_size", "seq_len"):
+        if type(config[name]) is not int:
+            raise ValueError(f"{name} is {str(config[name])[:100]}; it takes an integer")
+    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    claimed = _shapes(*(config[name] for name in ("num_layers", "hidden_size", "seq_len", "norm")))
+    if found != claimed:
+        raise ValueError(f"config claims tensors of {claimed}; it holds {str(found)[:200]}")
+    kinds = {file.get_slice(name).get_dtype() for name in found}
+    if not kinds <= {"F64", "F32", "F16", "BF16"}:
+        raise ValueError(f"its tensors are {sorted(kinds)}; it takes floats")
+    return config

@@ -1,8 +1,9 @@
 """The nine GLUE tasks: examples from the hub, Parquet or official TSV files, metrics and submission files."""
 
+import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,17 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 
 class DataError(ValueError):
-    """Data is missing or damaged; the message names the file and, where there is one, the line or row."""
+    """Data is missing or damaged; the message names the file and, where there is one, the 1-based line or row."""
+
+
+def _brief(value) -> str:
+    """A value for a message: a damaged file may hold a label of a million characters, or as many columns."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,8 @@ class Examples:
         ids: (N,) int64 numbers of the examples, which submission files carry; None becomes 0 … N-1.
 
     Raises:
-        DataError: no examples, lengths that differ, or a label outside the task's classes or range.
+        DataError: no examples, lengths that differ, a text that is none or that UTF-8 cannot hold, a label outside
+            the task's classes or range, or a number that is negative or comes twice; "texts[2]" counts from 0.
     """
 
     task: Task
@@ -176,32 +188,126 @@ class Examples:
     def __post_init__(self) -> None:
         self.task = get_task(self.task)
         where = f"split {self.split!r} of {self.task.name}"
+        self.texts = _checked_texts(f"{where}: texts", self.texts)
         if not self.texts:
             raise DataError(f"{where} has no examples")
         if (self.text_pairs is not None) != (len(self.task.text_columns) == 2):
             given = "is None" if self.text_pairs is None else "is given"
             raise DataError(f"{where}: text_pairs {given}; the task's texts are {self.task.text_columns}")
-        self.ids = np.arange(len(self.texts)) if self.ids is None else np.asarray(self.ids, dtype=np.int64)
-        for name in ("text_pairs", "labels", "ids"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.texts):
-                raise DataError(f"{where}: {name} has {len(value)} entries; texts has {len(self.texts)}")
+        if self.text_pairs is not None:
+            self.text_pairs = _checked_texts(f"{where}: text_pairs", self.text_pairs)
+            _check_length(f"{where}: text_pairs", self.text_pairs, len(self.texts), "texts")
         if self.labels is not None:
-            self.labels = np.asarray(self.labels)
-            if (bad := _first_bad_label(self.task, self.labels)) is not None:
-                raise DataError(f"{where}: labels[{bad}] is {self.labels[bad]}; {_label_domain(self.task)}")
-            self.labels = self.labels.astype(np.float32 if self.task.is_regression else np.int64)
+            self.labels = checked_labels(self.task, f"{where}: labels", self.labels, len(self.texts), "texts")
+        ids = np.arange(len(self.texts)) if self.ids is None else self.ids
+        self.ids = checked_ids(f"{where}: ids", ids, len(self.texts), "texts")
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
+def _checked_texts(where: str, texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise DataError(f"{where} is a {type(texts).__name__}; it takes a sequence of N texts")
+    texts = [text if type(text) is str or not isinstance(text, str) else str(text) for text in texts]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not _is_utf8(text):
+            raise DataError(f"{where}[{i}] is {_brief(text)}; it takes text that UTF-8 can hold")
+    return texts
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold; tokenizers cannot take it
+        return False
+    return True
+
+
+def _check_length(where: str, values: Sequence, length: int, other: str) -> None:
+    if len(values) != length:
+        raise DataError(f"{where} has {len(values)} entries; {other} has {length}")
+
+
+def _vector(where: str, values, length: int, other: str) -> np.ndarray:
+    """Values as an (N,) array, of objects where NumPy would change them: [0, True], [0, "1"], [0, 2**63]."""
+    if not isinstance(values, np.ndarray):
+        try:
+            kinds, array = set(map(type, values)), np.asarray(values)
+            is_kept = len(kinds) == 1 and (kinds != {int} or array.dtype.kind in "iu")
+            values = array if is_kept else np.asarray(values, dtype=object)
+        except (TypeError, ValueError):  # no sequence, or a ragged one
+            values = np.array(values, dtype=object)
+    if values.ndim != 1:
+        raise DataError(f"{where} has shape {values.shape}; it takes (N,)")
+    _check_length(where, values, length, other)
+    return values
+
+
+def checked_labels(task: Task, where: str, labels, length: int, other: str) -> np.ndarray:
+    """Labels as (N,) int64 class ids or float32 scores.
+
+    Raises:
+        DataError: another shape, or a label outside the task's classes or range; it begins with ``where``.
+    """
+    labels = _vector(where, labels, length, other)
+    if (bad := _first_bad_label(task, labels)) is not None:
+        raise DataError(f"{where}[{bad}] is {_brief(labels.tolist()[bad])}; {_label_domain(task)}")
+    return labels.astype(np.float32 if task.is_regression else np.int64)
+
+
+def checked_ids(where: str, ids, length: int, other: str) -> np.ndarray:
+    """Numbers of examples as (N,) int64.
+
+    Raises:
+        DataError: another shape, a number that is no integer from 0 to 2**63 - 1 or comes twice; it begins with
+            ``where``.
+    """
+    ids = _vector(where, ids, length, other)
+    if (bad := _first_bad_id(ids)) is not None:
+        raise DataError(f"{where}[{bad}] is {_brief(ids.tolist()[bad])}; it takes {_ID_DOMAIN}")
+    if (again := _first_repeated(ids)) is not None:
+        raise DataError(f"{where}[{again[0]}] is {ids[again[0]]} again; it takes each number once")
+    return ids.astype(np.int64)
+
+
+_ID_DOMAIN = "an integer from 0 to 2**63 - 1"
+
+
+def _first_false(good: np.ndarray) -> int | None:
+    return None if good.all() else int(np.argmin(good))
+
+
+def _is_number(value, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _first_bad_id(ids: np.ndarray) -> int | None:
+    if ids.dtype.kind in "iu":
+        return _first_false((ids >= 0) & (ids <= np.iinfo(np.int64).max))
+    return _first_false(np.array([_is_number(n, (int, np.integer)) and 0 <= n < 2**63 for n in ids.tolist()]))
+
+
+def _first_repeated(ids: np.ndarray) -> tuple[int, int] | None:
+    """The first place whose number was there before, and where."""
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    again = _first_false(first[inverse] == np.arange(len(ids)))
+    return None if again is None else (again, int(first[inverse[again]]))
+
+
 def _first_bad_label(task: Task, labels: np.ndarray) -> int | None:
     low, high = task.label_range or (0, task.num_labels - 1)
+    if labels.dtype.kind not in "iuf":
+        kinds = (int, float, np.integer, np.floating)
+        in_range = [_is_number(label, kinds) and low <= label <= high for label in labels.tolist()]
+        whole = [ok and (task.is_regression or label == int(label)) for ok, label in zip(in_range, labels, strict=True)]
+        return _first_false(np.array(whole))
     good = (labels >= low) & (labels <= high)  # NaN fails both
     if not task.is_regression:
         good &= labels == np.floor(labels)
-    return None if good.all() else int(np.argmin(good))
+    return _first_false(good)
 
 
 def _label_domain(task: Task) -> str:
@@ -228,8 +334,10 @@ def load_split(task: str | Task, split: str, data_dir: str | Path | None = None)
 
     Raises:
         ValueError: unknown task or split.
-        DataError: the hub cannot be reached, a folder or file is missing, or a file is empty or damaged; the
-            message names the file and, where there is one, the 1-based line (TSV) or row (Parquet).
+        DataError: the hub cannot be reached, a folder or file is missing, or a file is empty or damaged (not UTF-8,
+            a column too many or twice, a cell without a value, a label outside the task's, an example's number
+            twice …); the message names the file and, where there is one, the 1-based line (TSV) or row (Parquet),
+            and what it takes.
     """
     task = get_task(task)
     known = ("train", *task.eval_splits, *task.test_splits)
@@ -242,11 +350,12 @@ def load_split(task: str | Task, split: str, data_dir: str | Path | None = None)
         raise DataError(f"data_dir is {root}, not a folder; it takes one with Parquet or official TSV files")
     tsv_name = re.sub("^validation", "dev", split) + ".tsv"
     for folder in dict.fromkeys((root / task.name, root / (task.tsv_folder or task.name), root)):
-        if (path := folder / f"{split}.parquet").is_file():
+        # lexists: what stands in a file's place is told, and another file never read in its stead.
+        if os.path.lexists(path := folder / f"{split}.parquet"):
             return _load_parquet(task, split, [path])
-        if shards := sorted(folder.glob(f"{split}-*-of-*.parquet")):
+        if shards := _find_shards(folder, split):
             return _load_parquet(task, split, shards)
-        if task.tsv_text_columns and (path := folder / tsv_name).is_file():
+        if task.tsv_text_columns and os.path.lexists(path := folder / tsv_name):
             return _load_tsv(task, split, path)
     looked_for = [f"{task.name}/{split}.parquet", f"{task.name}/{split}-00000-of-00001.parquet"]
     if task.tsv_text_columns:
@@ -269,28 +378,51 @@ def _load_from_hub(task: Task, split: str) -> Examples:
     try:
         table = datasets.load_dataset("nyu-mll/glue", task.name, split=split).with_format("arrow")[:]
     except Exception as error:  # offline, proxy, hub and cache trouble come as many unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source} cannot be loaded ({reason}); when offline, {remedy}") from error
+        raise DataError(f"{source} cannot be loaded ({_first_line(error)}); when offline, {remedy}") from error
     return _from_tables(task, split, [(source, table)])
+
+
+def _find_shards(folder: Path, split: str) -> list[Path]:
+    """The files ``<split>-<number>-of-<total>.parquet`` by number; older hubs append a digest."""
+    found = {}
+    for path in sorted(folder.glob(f"{split}-*-of-*.parquet")):
+        if match := re.fullmatch(rf"{split}-(\d+)-of-(\d+)(-\w+)?\.parquet", path.name):
+            found[path] = (int(match[1]), match[2])
+    if not found:
+        return []
+    numbers, totals = zip(*found.values(), strict=True)
+    if len(set(totals)) > 1:
+        raise DataError(f"{folder} has files {split}-* of {totals[0]} and of {max(totals)}; it takes one set")
+    total, files = int(totals[0]), f"{split}-*-of-{totals[0]}.parquet"
+    if len(found) != total:
+        raise DataError(f"{folder} has {len(found)} of {total} files {files}")
+    if missing := set(range(total)) - set(numbers):
+        raise DataError(f"{folder} lacks file {min(missing)} of {files}")
+    return sorted(found, key=lambda path: found[path][0])
+
+
+def _check_is_file(path: Path) -> None:
+    """Raises a DataError for a folder, and for a pipe or a device, whose end would never come."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; it takes a file")
+    if not path.is_file():
+        raise DataError(f"{path} is no regular file; it takes a file")
 
 
 def _load_parquet(task: Task, split: str, paths: list[Path]) -> Examples:
     try:
-        import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(f"{paths[0]}: reading Parquet needs pyarrow; pip install 'lad_fast[glue]'") from error
-    shards = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
-    if shards and len(paths) != int(shards[1]):
-        raise DataError(f"{paths[0].parent} has {len(paths)} of {int(shards[1])} files {split}-*{shards[0]}")
     tables = []
     for path in paths:
+        _check_is_file(path)
         try:
             # ParquetFile rather than read_table, which would take a parent folder "a=b" for a column.
-            with ParquetFile(path) as file:
+            with ParquetFile(path, page_checksum_verification=True) as file:
                 tables.append((path, file.read()))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a damaged file raises anything from OSError to UnicodeDecodeError
+            raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
     return _from_tables(task, split, tables)
 
 
@@ -300,48 +432,97 @@ def _from_tables(task: Task, split: str, tables: list) -> Examples:
     texts: list[list[str]] = [[] for _ in task.text_columns]
     labels, ids = [], []
     for source, table in tables:
-        required = task.text_columns if is_test else (*task.text_columns, "label")
-        if missing := [name for name in required if name not in table.column_names]:
-            raise DataError(f"{source} lacks column {missing[0]!r}; it has {table.column_names}")
+        takes = dict.fromkeys(task.text_columns, "it takes text")
+        takes |= {} if is_test else {"label": _label_domain(task)}
+        takes |= {"idx": f"it takes {_ID_DOMAIN}"} if "idx" in table.column_names else {}
+        for name in takes:
+            if (count := table.column_names.count(name)) == 0:
+                raise DataError(f"{source} lacks column {name!r}; it has {_brief(table.column_names)}")
+            if count > 1:
+                raise DataError(f"{source} has {count} columns {name!r}; it takes one")
         if not table.num_rows:
-            raise DataError(f"{source} has no rows")
-        for name in (*required, *({"idx"} & set(table.column_names))):
+            raise DataError(f"{source} has no rows; it takes at least one")
+        for name, what in takes.items():
             if table[name].null_count:
                 row = table[name].is_null().to_pylist().index(True)
-                raise DataError(f"{source}, row {row + 1}: column {name!r} is empty")
+                raise DataError(f"{source}, row {row + 1}: column {name!r} is empty; {what}")
         for name, column in zip(task.text_columns, texts, strict=True):
-            values = table[name].to_pylist()
-            if not isinstance(values[0], str):
-                raise DataError(f"{source}: column {name!r} holds {table[name].type}; it takes text")
-            column.extend(values)
+            column.extend(_text_column(source, name, table[name]))
         if not is_test:
             values = table["label"].to_numpy()
             if values.dtype.kind not in ("iuf" if task.is_regression else "iu"):
-                raise DataError(f"{source}: column 'label' is {table['label'].type}; {_label_domain(task)}")
+                kind = str(table["label"].type)[:100]
+                raise DataError(f"{source}, row 1: column 'label' is {kind}; {_label_domain(task)}")
             if (bad := _first_bad_label(task, values)) is not None:
                 raise DataError(f"{source}, row {bad + 1}: label {values[bad]}; {_label_domain(task)}")
             labels.append(values)
-        has_ids = "idx" in table.column_names
-        ids.append(table["idx"].to_numpy() if has_ids else np.arange(table.num_rows) + sum(map(len, ids)))
+        if "idx" in takes:
+            values = table["idx"].to_numpy()
+            if values.dtype.kind not in "iu":
+                raise DataError(f"{source}, row 1: column 'idx' is {table['idx'].type}; {takes['idx']}")
+            if (bad := _first_bad_id(values)) is not None:
+                raise DataError(f"{source}, row {bad + 1}: idx {values[bad]}; {takes['idx']}")
+            ids.append(values.astype(np.int64))
+        else:
+            ids.append(np.arange(table.num_rows) + sum(map(len, ids)))
+    all_ids = np.concatenate(ids)
+    if (again := _first_repeated(all_ids)) is not None:
+        (source, row), (source_before, row_before) = (_place(tables, number) for number in again)
+        before = f"row {row_before}" if source_before == source else f"{source_before}, row {row_before}"
+        raise DataError(
+            f"{source}, row {row}: idx {all_ids[again[0]]} again; it takes each number once, and {before} has it"
+        )
     return Examples(
         task=task,
         split=split,
         texts=texts[0],
         text_pairs=texts[1] if len(texts) == 2 else None,
         labels=None if is_test else np.concatenate(labels),
-        ids=np.concatenate(ids),
+        ids=all_ids,
     )
 
 
-def _read_lines(path: Path) -> list[str]:
-    data = path.read_bytes()
+def _text_column(source, name: str, column) -> list[str]:
     try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        for row, cell in enumerate(column, start=1):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                reason = f"is not UTF-8 ({error.reason}); it takes text"
+                raise DataError(f"{source}, row {row}: column {name!r} {reason}") from error
+    if not isinstance(values[0], str):
+        raise DataError(f"{source}, row 1: column {name!r} holds {str(column.type)[:100]}; it takes text")
+    return values
+
+
+def _place(tables: list, number: int) -> tuple[object, int]:
+    """The source and 1-based row of an example by its 0-based number among all tables'."""
+    for source, table in tables:
+        if number < table.num_rows:
+            return source, number + 1
+        number -= table.num_rows
+    raise IndexError(number)
+
+
+def _read_lines(path: Path) -> list[str]:
+    _check_is_file(path)
+    try:
+        data = path.read_bytes()
         text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason}); it takes text in UTF-8") from error
+    if "\0" in text:  # UTF-16 without a mark, or a hole that a crash left: no text file holds one
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: a NUL character; it takes text in UTF-8")
+    if not text.strip("\r\n"):
+        return []
     # Only \n and \r\n end a row: the texts hold characters which str.splitlines and the csv module break at.
-    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")] if text.strip("\r\n") else []
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _load_tsv(task: Task, split: str, path: Path) -> Examples:
@@ -352,16 +533,18 @@ def _load_tsv(task: Task, split: str, path: Path) -> Examples:
     else:
         header, first = (lines[0].split("\t") if lines else []), 1
     if len(lines) <= first:
-        raise DataError(f"{path} has no examples")
+        raise DataError(f"{path} has no examples; it takes {'a header and ' if first else ''}at least one row")
     where = {name: i for i, name in enumerate(header)}
-    index_column = next((where[name] for name in ("index", "id") if name in where), None) if is_test else None
-    required = task.tsv_text_columns if is_test else (*task.tsv_text_columns, task.tsv_label_column)
-    if missing := [name for name in required if name not in where]:
-        raise DataError(f"{path}, line 1: no column {missing[0]!r} in the header; it has {header}")
+    index = [name for name in ("index", "id") if name in where][:1] if is_test else []
+    for name in (*task.tsv_text_columns, *([] if is_test else [task.tsv_label_column]), *index):
+        if name not in where:
+            raise DataError(f"{path}, line 1: no column {name!r} in the header; it has {_brief(header)}")
+        if (count := header.count(name)) > 1:
+            raise DataError(f"{path}, line 1: {count} columns {name!r} in the header; it takes one")
     parse = _label_parser(task)
     takes = ", ".join(task.label_texts) or "scores from {:g} to {:g}".format(*task.label_range)
     texts: list[list[str]] = [[] for _ in task.tsv_text_columns]
-    labels, ids, torn = [], [], []
+    labels, ids, numbers, torn = [], [], [], []
     for number, line in enumerate(lines[first:], start=first + 1):
         row = line.split("\t")
         if len(row) != len(header):
@@ -374,18 +557,22 @@ def _load_tsv(task: Task, split: str, path: Path) -> Examples:
         if not is_test:
             text = row[where[task.tsv_label_column]]
             if (label := parse(text)) is None:
-                raise DataError(f"{path}, line {number}: label {text!r}; {task.name} takes {takes}")
+                raise DataError(f"{path}, line {number}: label {_brief(text)}; {task.name} takes {takes}")
             labels.append(label)
-        if index_column is None:
+        if not index:
             ids.append(number - first - 1)
+        elif re.fullmatch("[0-9]{1,19}", text := row[where[index[0]]]) and int(text) < 2**63:
+            ids.append(int(text))
         else:
-            try:
-                ids.append(int(row[index_column]))
-            except ValueError:
-                text = row[index_column]
-                raise DataError(f"{path}, line {number}: index {text!r}; it takes an integer") from None
+            raise DataError(f"{path}, line {number}: index {_brief(text)}; it takes {_ID_DOMAIN}")
+        numbers.append(number)
     if not ids:
         raise DataError(f"{path}, line {first + 1}: no row has the header's {len(header)} columns")
+    if (again := _first_repeated(np.array(ids))) is not None:
+        line, before = (numbers[i] for i in again)
+        raise DataError(
+            f"{path}, line {line}: index {ids[again[0]]} again; it takes each number once, and line {before} has it"
+        )
     if torn:
         some = ", ".join(map(str, torn[:30])) + (" …" if len(torn) > 30 else "")
         message = f"{path}: left out {len(torn)} rows that do not have {len(header)} columns: lines {some}"
@@ -407,11 +594,10 @@ def _label_parser(task: Task) -> Callable[[str], float | int | None]:
     low, high = task.label_range
 
     def parse(text: str) -> float | None:
-        try:
-            score = float(text)
-        except ValueError:
+        # Not all that float takes: spaces, underscores, other alphabets' digits.
+        if not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?", text):
             return None
-        return score if low <= score <= high else None
+        return score if low <= (score := float(text)) <= high else None
 
     return parse
 

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import math
+import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,7 @@ from transformers.utils import logging
 
 from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
+from lad_fast.gates import check_inside
 from lad_fast.glue import Task
 from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
 
@@ -39,13 +43,19 @@ def load_classifier(
 
     Raises:
         ValueError: nothing loadable there, encoder weights missing, more tokens than embeddings, an unknown
-            configuration entry; with ``fine_tuned``, a missing head or labels that are not the task's.
+            configuration entry; with ``fine_tuned``, a missing head or labels that are not the task's. Also a
+            folder that names or links to files outside itself, that needs code of its own, or whose configuration
+            is absurd or claims more than its weights bear out; no code is run, nor memory taken, for those.
     """
     source = _find_source(name_or_path)
-    # Folders are barred from the network; code from the hub is never run.
+    # Folders are barred from the network; code from the hub is never run, nor a pickle's.
     options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+    if options["local_files_only"]:
+        _check_folder(name_or_path, Path(source))
     try:
         settings = AutoConfig.from_pretrained(source, **options)
+        if options["local_files_only"]:
+            _check_claimed_size(name_or_path, settings, Path(source))
         if fine_tuned:
             _check_labels(name_or_path, settings, task)
         _set_labels(settings, task)
@@ -57,12 +67,15 @@ def load_classifier(
         with quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True,
-                output_loading_info=True, **options,
+                output_loading_info=True, weights_only=True, **options,
             )  # fmt: skip
-    except _LabelError:
+        num_tokens = len(tokenizer)
+    except (_LabelError, _ClaimError):
         raise
     except Exception as error:  # a broken checkpoint raises anything from OSError to SafetensorError
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text would say how to run what it refused
+            error = pickle.UnpicklingError("its weights hold more than tensors; nothing in them was run")
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
         where = "" if options["local_files_only"] else " is no folder here and"
         raise ValueError(
             f"model {name_or_path}{where} could not be loaded: {type(error).__name__}: {first_line}"
@@ -73,9 +86,9 @@ def load_classifier(
         raise ValueError(f"model {name_or_path} lacks {len(inner)} of its encoder's weights, such as {inner[0]}")
     if fine_tuned and random:
         raise ValueError(f"model {name_or_path} is no finished classifier: it lacks {', '.join(random)}")
-    if len(tokenizer) > model.config.vocab_size:
+    if num_tokens > model.config.vocab_size:
         raise ValueError(
-            f"model {name_or_path} has a tokenizer of {len(tokenizer)} tokens; its embeddings hold "
+            f"model {name_or_path} has a tokenizer of {num_tokens} tokens; its embeddings hold "
             f"{model.config.vocab_size}"
         )
     return model.eval(), tokenizer
@@ -97,6 +110,116 @@ def quiet() -> Iterator[None]:
 
 class _LabelError(ValueError):
     """Labels that are not the task's; the message is complete."""
+
+
+class _ClaimError(ValueError):
+    """A configuration that claims more than the weights bear out; the message is complete."""
+
+
+_INT, _NUMBER = (int,), (int, float)
+# Entries of config.json: pattern of the name, types, least and most. The counts are of modules and of label names,
+# which are made one by one, before weights are looked at; other sizes are held against those.
+_ENTRIES = (
+    (r"num_hidden_layers|num_attention_heads|n_(layers|heads)", _INT, 1, 1000),
+    (r"num_.*(layers|heads|groups)|inner_group_num", _INT, 0, 1000),
+    (r"num_labels", _INT, 1, 100_000),
+    (r"type_vocab_size", _INT, 0, 10**8),
+    (r"(vocab|hidden|embedding|intermediate)_size|max_position_embeddings|dim|hidden_dim", _INT, 1, 10**8),
+    (r"classifier_dropout|.*dropout(_prob)?", _NUMBER, 0, 1),
+    (r"layer_norm_eps", _NUMBER, 1e-30, 1),
+    (r"initializer_range", _NUMBER, 0, 100),
+)
+
+
+def _check_folder(name_or_path, folder: Path) -> None:
+    """Raises a ValueError for what a folder from a stranger must not ask of Transformers."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"model {name_or_path}: {path.name} is no regular file")
+        try:
+            check_inside(folder, path)
+        except ValueError as error:
+            raise ValueError(f"model {name_or_path}: {str(error).removeprefix(f'{folder}/')}") from error
+    if (folder / "adapter_config.json").exists():  # where peft is installed, it names another model to load
+        raise ValueError(f"model {name_or_path} has an adapter_config.json; it takes a whole model")
+    for name, value in _entries(name_or_path, folder / "config.json"):
+        where, key = f"model {name_or_path}: config.json: {name}", name.rpartition(".")[2]
+        for pattern, kinds, least, most in _ENTRIES:
+            if value is None or name.startswith("label2id.") or not re.fullmatch(pattern, key):
+                continue
+            if type(value) not in kinds or not least <= value <= most:
+                what = "an integer" if kinds is _INT else "a number"
+                raise ValueError(f"{where} is {_brief(value)}; it takes {what} from {least:g} to {most:g}")
+        if "implementation" in name and isinstance(value, str) and "/" in value:
+            raise ValueError(f"{where} is {_brief(value)}; it takes no kernel of the hub, whose code would be run")
+        if key == "transformers_weights":
+            _check_names(where, value)
+    if (path := folder / "tokenizer_config.json").exists():
+        for name, value in _entries(name_or_path, path):
+            where = f"model {name_or_path}: tokenizer_config.json: {name}"
+            # Transformers of old noted where a tokenizer was read from: an absent file of another machine does no harm.
+            is_leftover = isinstance(value, str) and Path(value).is_absolute() and not os.path.lexists(value)
+            if re.match(r"\w+_files?\b|init_inputs\b", name) and not is_leftover:
+                _check_names(where, value)
+            if name == "model_max_length" and value is not None and (type(value) not in _NUMBER or value < 1):
+                raise ValueError(f"{where} is {_brief(value)}; it takes a number of tokens")
+    for path in folder.glob("*.index.json"):
+        for name, value in _entries(name_or_path, path):
+            if name.startswith("weight_map"):
+                _check_names(f"model {name_or_path}: {path.name}: weight_map", value)
+
+
+def _brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _entries(name_or_path, path: Path) -> Iterator[tuple[str, object]]:
+    """Every entry of a JSON object: its name, with those around it, and what it holds, lists' items apart."""
+    where = f"model {name_or_path}: {path.name}"
+
+    def refuse(constant: str):
+        raise ValueError(f"holds {constant}, which is no number")
+
+    def walk(name: str, value) -> Iterator[tuple[str, object]]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} holds Infinity at {name}; it takes finite numbers")
+        if name:
+            yield name, value
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in inner:
+            yield from walk(f"{name}.{key}" if name else str(key), item)
+
+    try:
+        content = json.loads(path.read_text("utf-8"), parse_constant=refuse)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds a {type(content).__name__}; it takes an object")
+    yield from walk("", content)
+
+
+def _check_names(where: str, value) -> None:
+    if isinstance(value, str) and (Path(value).name != value or value in ("", "..")):
+        raise ValueError(f"{where} is {_brief(value)}; it takes the plain name of a file in the folder")
+
+
+def _check_claimed_size(name_or_path, config, folder: Path) -> None:
+    """Raises a _ClaimError before Transformers draws weights that are missing or of another size, in any size claimed.
+
+    It takes four times the files' bytes, as float32 has of weights in 8 bits, and 64 MiB for a head and a pooler.
+    """
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    try:
+        with torch.device("meta"), _quiet():
+            skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except RuntimeError as error:  # products of sizes beyond 64 bits
+        raise _ClaimError(f"model {name_or_path}: config.json claims sizes that no model has: {error}"[:400]) from error
+    claimed = 4 * sum(parameter.numel() for parameter in skeleton.parameters())
+    if claimed > 4 * stored + 2**26:
+        raise _ClaimError(
+            f"model {name_or_path}: config.json claims a model of {claimed >> 20} MB; its weights are {stored >> 20} MB"
+        )
 
 
 def _find_source(name_or_path: str | Path) -> str:
