@@ -211,7 +211,7 @@ def _check_claimed_size(name_or_path, config, folder: Path) -> None:
     """
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             skeleton = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except RuntimeError as error:  # products of sizes beyond 64 bits
         raise _ClaimError(f"model {name_or_path}: config.json claims sizes that no model has: {error}"[:400]) from error
