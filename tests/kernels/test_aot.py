@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-triton = pytest.importorskip("triton")
-import aot  # noqa: E402
-import triton.language as tl  # noqa: E402
+pytest.importorskip("triton")
+import aot
 
-import lad_fast.kernels  # noqa: E402
+import lad_fast.kernels
 
 
 def kernel_names() -> set[str]:
@@ -25,16 +23,19 @@ def kernel_names() -> set[str]:
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
+def run_compiling(*command) -> subprocess.CompletedProcess:
+    """A script in a process of its own: here Triton interprets, and an interpreted kernel cannot be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_kernels_compile_to_fast_code(architecture, tmp_path):
     file = tmp_path / "rows.json"
-    # A process of its own: here Triton interprets, and an interpreted kernel cannot be compiled.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, aot.__file__, "--architecture", architecture, "--json", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
+    print(run_compiling(aot.__file__, "--architecture", architecture, "--json", file).stdout)
     rows = json.loads(file.read_text())
     assert {row["kernel"] for row in rows} == kernel_names() >= set(aot.GEMM_KERNELS)
 
@@ -60,35 +61,18 @@ def test_kernels_compile_to_fast_code(architecture, tmp_path):
     assert [line for line in table if line not in documented] == []  # aot.py --markdown --write docs/kernels.md
 
 
-def picking(states, out_ptr, i, LARGE, COUNT, ONE, BLOCK: tl.constexpr):
-    o = tl.arange(0, BLOCK)
-    pointer = states[0]
-    for j in tl.static_range(1, len(states)):
-        if states[j] is not None and i == j:
-            pointer = states[j]
-    tl.store(out_ptr + o, tl.load(pointer + o) * (LARGE + COUNT + ONE))
-
-
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_a_launch_compiles_as_it_would_run(architecture):
     """Tuples of pointers, one picked at run time and still read 16 bytes at once; sizes; the launch's options."""
-    state = torch.zeros(2048, dtype=torch.bfloat16)
-    kernel = triton.runtime.jit.JITFunction(picking, do_not_specialize=["COUNT", "ONE"])  # triton.jit may interpret
-    compiled = aot.compile_launch(
-        kernel,
-        {"states": (state, None, state), "out_ptr": state, "i": 2, "LARGE": 2**31, "COUNT": 16, "ONE": 1}
-        | {"BLOCK": 2048, "num_warps": 2, "launch_cooperative_grid": True},
-        architecture,
-    )
-    (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
-    types = [part.split(": ")[1].split()[0] for part in parameters.split("%")[1:]]
+    found = json.loads(run_compiling(Path(__file__).with_name("picking.py"), architecture).stdout)
+    types = [part.split(": ")[1].split()[0] for part in found["parameters"].split("%")[1:]]
     assert types[:2] == types[2:3] * 2 and "tt.ptr<bf16>" in types[0]  # nothing for the tuple's None
     assert [name.rstrip(",)") for name in types[3:]] == ["i32", "i64", "i32", "i32"]  # ONE is an argument, no constant
-    assert parameters.count("tt.divisibility = 16") == 4  # the pointers and LARGE
-    assert compiled.metadata.launch_cooperative_grid and compiled.metadata.num_warps == 2
-    figures = aot.inspect(compiled, architecture)
-    assert set(figures.loads) == set(figures.stores) == {16}
-    assert not figures.products and not figures.spilled_bytes and figures.registers > 0
+    assert found["parameters"].count("tt.divisibility = 16") == 4  # the pointers and LARGE
+    assert found["launch_cooperative_grid"] and found["num_warps"] == 2
+    figures = found["figures"]
+    assert set(figures["loads"]) == set(figures["stores"]) == {"16"}
+    assert not figures["products"] and not figures["spilled_bytes"] and figures["registers"] > 0
 
 
 PTX = """

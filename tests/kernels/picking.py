@@ -1,0 +1,34 @@
+"""Compile one small launch for an architecture and print what came of it: see test_aot.py.
+
+A process of its own, since Triton's interpreter leaves its language patched in one where it ran.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import aot
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["COUNT", "ONE"])
+def picking(states, out_ptr, i, LARGE, COUNT, ONE, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    pointer = states[0]
+    for j in tl.static_range(1, len(states)):
+        if states[j] is not None and i == j:
+            pointer = states[j]
+    tl.store(out_ptr + o, tl.load(pointer + o) * (LARGE + COUNT + ONE))
+
+
+if __name__ == "__main__":
+    state = torch.zeros(2048, dtype=torch.bfloat16)
+    arguments = {"states": (state, None, state), "out_ptr": state, "i": 2, "LARGE": 2**31, "COUNT": 16, "ONE": 1}
+    arguments |= {"BLOCK": 2048, "num_warps": 2, "launch_cooperative_grid": True}
+    compiled = aot.compile_launch(picking, arguments, sys.argv[1])
+    (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
+    metadata = {name: getattr(compiled.metadata, name) for name in ("launch_cooperative_grid", "num_warps")}
+    figures = asdict(aot.inspect(compiled, sys.argv[1]))
+    print(json.dumps({"parameters": parameters, **metadata, "figures": figures}))
