@@ -123,7 +123,8 @@ def test_a_state_is_read_once_a_pass(form, traffic):
 
 
 def test_losses_move_what_is_counted():
-    """The hidden loss alone: 2 states in; in backward 2 in and 2 out. The logit loss: each logit twice, once out."""
+    """The hidden loss alone: 2 states in; in backward 2 in and 2 out. The logit loss: each logit twice, once out; with
+    scores for labels: three numbers an example in, two out."""
     states = [torch.randn(100, 96) for _ in range(2)]
     counts = Counts(100, 100, 96, 4, 4, launch.INTERPRETED.gemm, launch.INTERPRETED.gate, 1)
     with counted_traffic() as found:
@@ -131,14 +132,16 @@ def test_losses_move_what_is_counted():
         hidden_loss.hidden_loss_backward(losses, states[:1], states[1:], None, factor, True, True)
         logits, labels = torch.randn(2, 9, 5), torch.zeros(9, dtype=torch.int64)
         logit_loss.distill_loss_forward(*logits, labels, 10.0, 0.5, 0.5, False)
-    names = ("_hidden_loss_fwd_kernel", "_hidden_loss_bwd_kernel", "_logit_loss_kernel")
-    forward, backward, logit = (found[name] for name in names)
+        logit_loss.distill_loss_forward(*logits[:, :, :1], labels.float(), 10.0, 0.5, 0.5, True)
+    kernels = ("hidden_loss_fwd", "hidden_loss_bwd", "logit_loss", "regression_loss")
+    forward, backward, logit, regression = (found[f"_{name}_kernel"] for name in kernels)
     for name, kernel in zip(ALONE, (forward, backward), strict=True):
         loads, stores = counts.bytes(name)
         assert kernel.loaded.total() == pytest.approx(loads, rel=0.01)
         assert kernel.stored.total() == pytest.approx(stores, abs=4 * 100)  # forward's partial sums
     assert logit.loaded.total() == 4 * logits[0].nbytes + labels.nbytes
     assert logit.stored.total() == logits[0].nbytes + 4 * 9
+    assert (regression.loaded.total(), regression.stored.total()) == (3 * 9 * 4, 2 * 9 * 4)
 
 
 def test_every_formula_is_held_to_a_kernel():
