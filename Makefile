@@ -1,6 +1,6 @@
 # make demo    trains a small teacher, distils it three ways, prints a table (under three minutes on two cores)
 # make test    the whole test suite
-# make bench   objective and training step beside the published code and plain PyTorch (under five minutes)
+# make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3

@@ -692,6 +692,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
+def loads_or_names_the_model(model, file: str, entry: str, value) -> None:
+    """Whatever an entry of a JSON file holds, the model loads or is refused by name, in one line."""
+    good = (model / file).read_text()
+    change(model / file, **{entry: value})
+    try:
+        load_classifier(model, RTE)
+    except ValueError as error:
+        assert f"model {model}" in str(error) and "\n" not in str(error)
+    finally:
+        (model / file).write_text(good)
+
+
 ENTRIES = [
     "architectures", "attention_probs_dropout_prob", "classifier_dropout", "dtype", "hidden_act", "hidden_dropout_prob",
     "hidden_size", "id2label", "initializer_range", "intermediate_size", "is_decoder", "label2id", "layer_norm_eps",
@@ -703,14 +715,7 @@ ENTRIES = [
 @MANY
 @given(entry=st.sampled_from(ENTRIES), value=JSON)
 def test_any_entry_of_a_config(model, entry, value):
-    good = (model / "config.json").read_text()
-    change(model / "config.json", **{entry: value})
-    try:
-        load_classifier(model, RTE)
-    except ValueError as error:
-        assert f"model {model}" in str(error) and "\n" not in str(error)
-    finally:
-        (model / "config.json").write_text(good)
+    loads_or_names_the_model(model, "config.json", entry, value)
 
 
 TOKENIZER_ENTRIES = [
@@ -724,14 +729,7 @@ TOKENIZER_ENTRIES = [
 @MANY
 @given(entry=st.sampled_from(TOKENIZER_ENTRIES), value=JSON)
 def test_any_entry_of_a_tokenizer(model, entry, value):
-    good = (model / "tokenizer_config.json").read_text()
-    change(model / "tokenizer_config.json", **{entry: value})
-    try:
-        load_classifier(model, RTE)
-    except ValueError as error:
-        assert f"model {model}" in str(error) and "\n" not in str(error)
-    finally:
-        (model / "tokenizer_config.json").write_text(good)
+    loads_or_names_the_model(model, "tokenizer_config.json", entry, value)
 
 
 @MANY
