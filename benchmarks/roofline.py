@@ -177,11 +177,13 @@ def trace_objective(
     dtype: str,
     seq_len: int = 128,
     settings: launch.ChainLaunch | None = None,
+    masked: bool = False,
 ) -> Trace:
     """One forward and backward of the objective, with half as many student layers as the teacher has.
 
     Tensors are on the CPU. States are of ``dtype``, as on a GPU; the published form is float32 whatever is asked.
-    ``settings`` say in which form "triton" launches the chain.
+    ``settings`` say in which form "triton" launches the chain. ``masked``: with an attention mask; not the published
+    form's.
     """
     torch.manual_seed(0)
     dtype = torch.float32 if variant == "published" else DTYPES[dtype]
@@ -197,8 +199,10 @@ def trace_objective(
         with tracing() as trace:
             published_objective(*inputs, highway, objective.layers)
         return trace
+    mask = torch.ones(size[:2], dtype=torch.int64) if masked else None
+    seed = torch.ones(())  # the gradient's start: the caller's, as a loss scale would be
     with tracing(settings=settings) as trace:
-        objective(*inputs, backend=variant).loss.backward()
+        objective(*inputs, attention_mask=mask, backend=variant).loss.backward(seed)
     return trace
 
 

@@ -20,6 +20,7 @@ chooses). docs/kernels.md has what each form reads, writes and costs. A launch n
 sync, safe under CUDA graphs.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -178,7 +179,7 @@ def _load_affine(ptr, o_position, o_cols, S, D, PER_TOKEN: tl.constexpr):
 def _blend(
     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr, states_ptr, gate_ptr, pieces_ptr, cu_seqlens_ptr, students,
     differences, partial_ptr, compared, i_m, i_strip, row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS,
-    PIECES_SIZE, PRODUCT: tl.constexpr, HAS_STUDENTS: tl.constexpr, KEEP_START: tl.constexpr,
+    PIECES_SIZE, HAS_STUDENTS: tl.constexpr, KEEP_START: tl.constexpr,
     KEEP_GATES: tl.constexpr, KEEP_DIFFERENCE: tl.constexpr, PER_TOKEN: tl.constexpr, PACKED: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
@@ -186,15 +187,14 @@ def _blend(
     o_cols = i_strip * STRIP + tl.arange(0, STRIP)
     o_tile = o_rows[:, None] * D + o_cols[None, :]
     m_tile = (o_rows < T)[:, None] & (o_cols < D)[None, :]
-    if PRODUCT == "matmul":
-        b_linear += tl.load(bias_ptr + o_cols, mask=o_cols < D, other=0.0)[None, :]
-    b_gate = tl.sigmoid(b_linear)
-    if KEEP_GATES:
-        tl.store(gate_ptr + o_tile, b_gate.to(gate_ptr.dtype.element_ty), mask=m_tile)
+    b_gate = tl.sigmoid(b_linear + tl.load(bias_ptr + o_cols, mask=o_cols < D, other=0.0)[None, :])
+    if KEEP_GATES:  # backward multiplies zeros with those of padding
+        b_kept = tl.where(m_real[:, None], b_gate, 0.0)
+        tl.store(gate_ptr + o_tile, b_kept.to(gate_ptr.dtype.element_ty), mask=m_tile)
     b_previous = tl.load(previous_ptr + o_tile, mask=m_tile, other=0.0)
     if KEEP_START:
         if i == 0:
-            tl.store(states_ptr + o_tile, b_previous, mask=m_tile)
+            tl.store(states_ptr + o_tile, tl.where(m_real[:, None], b_previous, 0.0), mask=m_tile)
     b_previous = b_previous.to(tl.float32)
     if HAS_STUDENTS:
         if (i == first) & (compared % 2 == 1):
@@ -249,29 +249,39 @@ def _aggregate(
             )  # fmt: skip
 
 
+@triton.jit
+def _cast(master_ptr, weight_ptr, size, BLOCK: tl.constexpr):
+    """A share of the weights in the product's dtype."""
+    for i_block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        o_block = tl.cast(i_block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_weight = tl.load(master_ptr + o_block, mask=o_block < size, other=0.0)
+        tl.store(weight_ptr + o_block, b_weight.to(weight_ptr.dtype.element_ty), mask=o_block < size)
+
+
 @triton.jit(do_not_specialize=("first", "last", "compared", "finish", "T", "S", "E", "loss_weight"))
 def _chain_fwd_kernel(
-    start_ptr,  # (T, D) A before the launch's first gate
+    start_ptr,  # (T, D) A before the launch's first gate; its padding may hold anything
     layers,  # (T, D) each: H of the launch's gates
-    linear_ptr,  # (T, D) A_prev W^T + b, where PRODUCT is "given"
-    weight_ptr,  # (n, D, D) W in the product's dtype
+    linear_ptr,  # (T, D) A_prev W^T, where PRODUCT is "given"
+    master_ptr,  # (n, D, D) float32 W; None: they are in weight_ptr
+    weight_ptr,  # (n, D, D) W in the product's dtype, out where there is master_ptr
     bias_ptr,  # (n, D) float32
     norm_weight_ptr,  # (n, S, D) or (n, D) float32
     norm_bias_ptr,
     norm_stride,  # elements from one gate's affine to the next one's
-    states_ptr,  # (n + 1, T, D) out: A; its first, a copy of the chain's start, where KEEP_START
+    states_ptr,  # (n + 1, T, D) out: A; its first, the chain's start with zero padding, where KEEP_START
     gates_ptr,  # (n, T, D) out: g, where KEEP_GATES
     mean_ptr,  # (n, E) or (n, T) float32 out
     rstd_ptr,
     pieces_ptr,  # (2, 3, PIECES_SIZE) float32 scratch: mean, square sum and rows of tiles' examples
-    counters_ptr,  # (2 * row tiles + 1,) int32, zero before and after, where SYNC or students
+    counters_ptr,  # (2 * row tiles + 2,) int32, zero before and after, where SYNC or students
     students,  # (T, D) each: h at the launch's first position and behind each of its gates; any where not compared
     differences,  # the same for h - A, out, where KEEP_DIFFERENCE
     partial_ptr,  # (n + 1, tiles) float32 scratch, where students
     losses_ptr,  # (K,) float32 out
     factor_ptr,  # () float32 out
     slots,  # K positions along the chain
-    mask_ptr,  # (T,) bool, where MASKED
+    mask_ptr,  # (T,) nonzero where real, where MASKED
     cu_seqlens_ptr,  # (E + 1,) int32, where PACKED
     first,  # the launch's gates
     last,
@@ -311,6 +321,10 @@ def _chain_fwd_kernel(
     if SYNC:  # a program keeps its columns, and each of its row tiles through all gates
         i_first, i_n, step = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.num_programs(0) // tiles
         row_tiles_end = row_tiles
+        if master_ptr is not None:
+            _cast(master_ptr, weight_ptr, tl.cast(last, tl.int64) * D * D, 32 * BLOCK_M)
+            arrive(counters_ptr + 2 * row_tiles + 1)
+            wait(counters_ptr + 2 * row_tiles + 1, tl.num_programs(0))
     else:
         # One tile of one gate. Loops that end there are no loops to the compiler, which would else hoist what spills.
         i_first, i_n = swizzle(tl.program_id(0), T, D, BLOCK_M, BLOCK_N, GROUP_M)
@@ -359,15 +373,15 @@ def _chain_fwd_kernel(
                 b_blend = _blend(
                     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr, p_pieces,
                     cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS, row_tiles, o_rows,
-                    m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, PRODUCT, HAS_STUDENTS, KEEP_START,
-                    KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
+                    m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, HAS_STUDENTS, KEEP_START, KEEP_GATES,
+                    KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
                 )  # fmt: skip
                 if SPLITS == 2:
                     b_right = _blend(
                         b_linear_right, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr,
                         p_pieces, cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS + 1,
-                        row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, PRODUCT,
-                        HAS_STUDENTS, KEEP_START, KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
+                        row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, HAS_STUDENTS,
+                        KEEP_START, KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
                     )  # fmt: skip
             if NORM:
                 if SYNC:
@@ -407,7 +421,7 @@ def _chain_fwd_kernel(
         if SYNC or finish:
             counter = counters_ptr + 2 * row_tiles
             if arrive(counter) == tl.num_programs(0) - 1:
-                clear(counters_ptr, 2 * row_tiles + 1)
+                clear(counters_ptr, 2 * row_tiles + 2)
                 if HAS_STUDENTS:
                     if finish:
                         _write_losses(
@@ -588,9 +602,18 @@ def _sum_parts(part_ptr, out_ptr, i_program, programs, gates, rows, size, BLOCK:
         tl.store(gate_of(out_ptr, i, size) + o_block, b_sum, mask=o_block < size)
 
 
+@triton.jit
+def _scale(slope_ptr, scale_ptr, out_ptr, size, i_program, programs, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr)
+    for i_block in range(i_program, tl.cdiv(size, BLOCK), programs):
+        o_block = i_block * BLOCK + tl.arange(0, BLOCK)
+        b_slope = tl.load(slope_ptr + o_block, mask=o_block < size, other=0.0)
+        tl.store(out_ptr + o_block, (b_slope * scale).to(out_ptr.dtype.element_ty), mask=o_block < size)
+
+
 @triton.jit(do_not_specialize=(
-    "grad_loss_stride", "first", "last", "base", "given", "compared", "top", "T", "S", "E", "ROWS_PER_EXAMPLE",
-    "EXAMPLES", "GROUPS",
+    "grad_loss_stride", "logits_size", "first", "last", "base", "given", "compared", "top", "T", "S", "E",
+    "ROWS_PER_EXAMPLE", "EXAMPLES", "GROUPS",
 ))  # fmt: skip
 def _chain_bwd_kernel(
     grads,  # (T, D) each: dL/dA of positions base, base + 1, ...; any where not given; None: no position has one
@@ -600,6 +623,10 @@ def _chain_bwd_kernel(
     grad_loss_ptr,  # (K,) float32 dL / dloss_k
     grad_loss_stride,  # 0 where they are one
     factor_ptr,  # () float32, 2 * weight / (real tokens * D)
+    logits_slope_ptr,  # (logits_size,) float32: of the logits' loss, or None
+    grad_logits_loss_ptr,  # () float32 dL / dlogits' loss
+    grad_logits_ptr,  # (logits_size,) out: the product of both
+    logits_size,
     layers,  # (T, D) each: H of gates base, base + 1, ...
     states_ptr,  # (n + 1, T, D) A
     gates_ptr,  # (n, T, D) g; RECOMPUTE: (T, D) scratch
@@ -610,7 +637,7 @@ def _chain_bwd_kernel(
     norm_stride,  # elements from one gate's affine to the next one's
     mean_ptr,  # (n, E) or (n, T) float32
     rstd_ptr,
-    mask_ptr,  # (T,) bool, where MASKED
+    mask_ptr,  # (T,) nonzero where real, where MASKED
     cu_seqlens_ptr,  # (E + 1,) int32, where PACKED
     carry_ptr,  # (T, D) scratch: dA, zero on padding; then dO * (1 - g), the part of dA_prev beside the product
     grad_linear_ptr,  # (n, T, D) out: du in the product's dtype
@@ -666,6 +693,11 @@ def _chain_bwd_kernel(
     i_program, num_tiles = tl.program_id(0), tl.cdiv(T, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     if not SYNC:  # see _chain_fwd_kernel
         last, num_tiles = first + 1, i_program + 1
+    if logits_slope_ptr is not None:
+        if first == 0:
+            _scale(
+                logits_slope_ptr, grad_logits_loss_ptr, grad_logits_ptr, logits_size, i_program, programs, COLUMNS
+            )  # fmt: skip
     for stage in range(first, last):
         position = top - (stage + 1) // 2
         if STAGES == "product" or (STAGES == "all" and stage % 2 == 0 and (NEED_START or stage < 2 * top)):
@@ -765,7 +797,9 @@ def _by_position(tensors: list[Tensor], positions: list[int], first: int, last: 
 class _Plan:
     """Sizes and settings that all launches of one call share."""
 
-    def __init__(self, state: Tensor, weight: Tensor, norm_weight: Tensor, row_mask, cu_seqlens, seq_len: int):
+    def __init__(
+        self, state: Tensor, matmul_dtype: torch.dtype, norm_weight: Tensor, row_mask, cu_seqlens, seq_len: int
+    ) -> None:
         self.num_tokens, self.hidden_size = state.shape
         self.per_token = norm_weight.dim() == 2
         self.packed = cu_seqlens is not None and not self.per_token
@@ -774,23 +808,26 @@ class _Plan:
             self.examples = cu_seqlens.shape[0] - 1 if self.packed else self.num_tokens // seq_len
         self.seq_len = self.num_tokens if self.per_token else norm_weight.shape[1]
         self.groups = self.num_tokens if self.per_token else self.examples  # what shares one mean
-        self.choice = lc.chain(state, weight.dtype, self.per_token)
-        self.product_dtype = weight.dtype
+        self.choice = lc.chain(state, matmul_dtype, self.per_token)
+        self.matmul_dtype = matmul_dtype
         self.where = {"mask_ptr": row_mask, "cu_seqlens_ptr": cu_seqlens if self.packed else None}
         self.mode = {"PER_TOKEN": self.per_token, "MASKED": row_mask is not None, "PACKED": self.packed}
 
     def waiting_programs(self, tile: lc.GemmLaunch) -> int:
         """Programs of a forward launch that wait for one another, 0 where they could wait for one that never runs.
 
-        A program that has several row tiles takes one after another through all gates, so no example may reach from
-        one into the next.
+        A program that has several row tiles takes one after another through all gates. So no example may lie in tiles
+        that are taken at once and in one that comes later.
         """
         row_tiles, tiles = triton.cdiv(self.num_tokens, tile.block_m), triton.cdiv(self.hidden_size, tile.block_n)
         at_once = self.choice.programs(tile) // tiles
         if at_once >= row_tiles:
             return row_tiles * tiles
-        apart = self.per_token or (not self.packed and tile.block_m % self.seq_len == 0)
-        return at_once * tiles if apart else 0
+        if self.packed:
+            return 0
+        # Row tiles after which one begins where an example does.
+        period = 1 if self.per_token else math.lcm(tile.block_m, self.seq_len) // tile.block_m
+        return at_once // period * period * tiles
 
     def tiling(self, tile: lc.GemmLaunch) -> dict:
         """Arguments that follow from a tile's size."""
@@ -803,7 +840,7 @@ class _Plan:
             "PIECES": triton.next_power_of_2(1 if self.per_token else triton.cdiv(self.seq_len - 1, tile.block_m) + 1),
             "BLOCK_S": triton.next_power_of_2(strips),
             "EVEN_K": self.hidden_size % tile.block_k == 0,
-            "INPUT_PRECISION": lc.matmul_precision(self.product_dtype),
+            "INPUT_PRECISION": lc.matmul_precision(self.matmul_dtype),
             "INTERPRETED": lc.interpreted(),
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
             "GROUP_M": tile.group_m, "SPLITS": tile.splits,
@@ -815,6 +852,7 @@ class _Plan:
 class Forward(NamedTuple):
     """What a chain's forward leaves; see :func:`lad_fast.kernels.ops.chain_loss_forward`."""
 
+    weight: Tensor
     losses: Tensor | None
     factor: Tensor | None
     differences: list[Tensor]
@@ -825,17 +863,21 @@ class Forward(NamedTuple):
 
 
 def forward(
-    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
-    keep: str,
+    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype,
+    loss_weight, keep: str,
 ) -> Forward:  # fmt: skip
     """Launch n gates and, where there are students, the hidden loss."""
-    plan = _Plan(hidden[0], weight, norm_weight, row_mask, cu_seqlens, seq_len)
+    plan = _Plan(hidden[0], matmul_dtype, norm_weight, row_mask, cu_seqlens, seq_len)
     num_gates, start = len(weight), hidden[0]
     form = plan.choice.forward
     tile = plan.choice.epilogue if form == "cublas" else plan.choice.gemm
     waiting = plan.waiting_programs(tile)
-    if form == "persistent" and not waiting:
-        form = "triton"
+    if not waiting:
+        form, tile = "triton", plan.choice.gemm
+    master = None
+    if form == "persistent" and weight.dtype != matmul_dtype:  # cast in the same launch
+        master, weight = weight, torch.empty_like(weight, dtype=matmul_dtype)
+    weight = weight.to(matmul_dtype)
     tiling = plan.tiling(tile)
     row_tiles, tiles = triton.cdiv(plan.num_tokens, tile.block_m), triton.cdiv(plan.hidden_size, tile.block_n)
     float32 = {"dtype": torch.float32, "device": start.device}
@@ -848,13 +890,14 @@ def forward(
         losses, factor = torch.empty(len(student), **float32), torch.empty((), **float32)
         partial = torch.empty(num_gates + 1, row_tiles * tiling["STRIPS"], **float32)
     shared = {
-        "weight_ptr": weight, "bias_ptr": bias, "norm_weight_ptr": norm_weight, "norm_bias_ptr": norm_bias,
-        "norm_stride": norm_weight.stride(0), "states_ptr": states, "gates_ptr": gates[0] if gates else None,
+        "master_ptr": master, "weight_ptr": weight, "bias_ptr": bias, "norm_weight_ptr": norm_weight,
+        "norm_bias_ptr": norm_bias, "norm_stride": norm_weight.stride(0), "states_ptr": states,
+        "gates_ptr": gates[0] if gates else None,
         "mean_ptr": mean, "rstd_ptr": rstd, "pieces_ptr": torch.empty(2, 3, tiling["PIECES_SIZE"], **float32),
         "partial_ptr": partial, "losses_ptr": losses, "factor_ptr": factor, "loss_weight": loss_weight, "eps": eps,
         "KEEP_START": keep in ("gates", "states"), "KEEP_GATES": bool(gates), **tiling,
     }  # fmt: skip
-    counters = lc.counters(start.device, 2 * row_tiles + 1)
+    counters = lc.counters(start.device, 2 * row_tiles + 2)
 
     def run(first: int, last: int, product: str, norm: bool, sync=False, linear=None, **warps) -> None:
         # A launch without the norm ends before its gate's aggregate, and one without the product begins behind A_prev.
@@ -879,22 +922,23 @@ def forward(
     for i in range(num_gates if form != "persistent" else 0):
         if form == "cublas":
             previous = states[i] if i else start
-            linear = torch.addmm(bias[i].to(weight.dtype), previous.to(weight.dtype), weight[i].T)
-            run(i, i + 1, "given", norm=waiting > 0, sync=waiting > 0, linear=linear)
+            linear = torch.mm(previous.to(weight.dtype), weight[i].T)
+            run(i, i + 1, "given", norm=True, sync=True, linear=linear)
         else:
             run(i, i + 1, "matmul", norm=False)
-        if form == "triton" or not waiting:
             run(i, i + 1, "none", norm=True, num_warps=min(2 * tile.num_warps, 16))  # no accumulators, so more of them
-    return Forward(losses, factor, differences, states, gates, mean, rstd)
+    return Forward(weight, losses, factor, differences, states, gates, mean, rstd)
 
 
 def backward(
     grads, grad_loss, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, states, gates, mean, rstd,
     row_mask, cu_seqlens, seq_len, need_student, need_hidden, need_parameters,
+    logits: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward chain, from ``grads`` of positions 1 to n (None where there is none), or from the hidden
-    losses' gradients; see :func:`lad_fast.kernels.ops.chain_loss_backward`."""
-    plan = _Plan(hidden[0], weight, norm_weight, row_mask, cu_seqlens, seq_len)
+    losses' gradients; see :func:`lad_fast.kernels.ops.chain_loss_backward`. ``logits``: the logits' slope, its factor,
+    and where to write their product."""
+    plan = _Plan(hidden[0], weight.dtype, norm_weight, row_mask, cu_seqlens, seq_len)
     tile, choice = plan.choice.gemm, plan.choice
     tiling, num_gates, start = plan.tiling(tile), len(weight), hidden[0]
     given = [i + 1 for i, grad in enumerate(grads) if grad is not None]
@@ -920,9 +964,11 @@ def backward(
         for grad in (grad_hidden[1:] if need_hidden else None, *(parameters or ())):
             if grad is not None:
                 grad[top:].zero_()
+    slope, grad_logits_loss, grad_logits = logits or (None, None, None)
     shared = {
-        "grad_loss_ptr": grad_loss, "grad_loss_stride": grad_loss.stride(0) if targets else 0, "factor_ptr": factor,
-        "states_ptr": states,
+        "logits_slope_ptr": slope, "grad_logits_loss_ptr": grad_logits_loss, "grad_logits_ptr": grad_logits,
+        "logits_size": 0 if slope is None else slope.numel(), "grad_loss_ptr": grad_loss,
+        "grad_loss_stride": grad_loss.stride(0) if targets else 0, "factor_ptr": factor, "states_ptr": states,
         "gates_ptr": gates[0] if gates else torch.empty_like(start), "weight_ptr": weight, "bias_ptr": bias,
         "norm_weight_ptr": norm_weight, "norm_bias_ptr": norm_bias, "norm_stride": norm_weight.stride(0),
         "mean_ptr": mean, "rstd_ptr": rstd, "carry_ptr": torch.empty_like(start), "grad_linear_ptr": grad_linear,

@@ -267,16 +267,34 @@ def hidden_loss_backward(
 
 
 def distill_loss_forward(
-    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression
+    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, hidden_losses
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    weights = temperature, soft_weight, hard_weight
+    if regression:
+        loss, slope = _regression_loss(student_logits, teacher_logits, labels, *weights[1:])
+    else:
+        loss, slope = _class_loss(student_logits, teacher_logits, labels, *weights)
+    if hidden_losses is None:
+        return loss, slope, []
+    hidden_loss = hidden_losses.sum()
+    return loss, slope, [hidden_loss, hidden_loss + loss]
+
+
+def _regression_loss(student_logits, teacher_logits, labels, soft_weight, hard_weight) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    student = student_logits.to(dtype)
+    hard = student - labels.to(dtype).view(student.shape)
+    soft = student - teacher_logits.to(dtype)
+    loss = hard_weight * hard.square().mean() + soft_weight * soft.square().mean()
+    return loss, (hard.mul_(hard_weight) + soft.mul_(soft_weight)).mul_(2 / len(student))
+
+
+def _class_loss(
+    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     batch_size = student.shape[0]
-    if regression:
-        hard = student - labels.to(dtype).view(student.shape)
-        soft = student - teacher
-        loss = hard_weight * hard.square().mean() + soft_weight * soft.square().mean()
-        return loss, (hard.mul_(hard_weight) + soft.mul_(soft_weight)).mul_(2 / batch_size)
     log_probs = torch.log_softmax(student, dim=-1)
     soft_student = torch.log_softmax(student / temperature, dim=-1)
     soft_teacher = torch.log_softmax(teacher / temperature, dim=-1)

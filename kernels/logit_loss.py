@@ -1,4 +1,4 @@
-"""Logit loss in Triton: soft loss, hard loss and their gradient of one example a program, in one launch.
+"""Logit loss in Triton: soft loss, hard loss and their gradient of one example a program, and all sums, in one launch.
 
     loss_b = hard / B * (lse(z_s) - z_s[y])  +  soft * T^2 / B * sum_c p_t (log p_t - log p_s)
     dloss_b / dz_s = hard / B * (softmax(z_s) - onehot(y))  +  soft * T / B * (p_s - p_t)
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_fast.kernels import launch as lc
+from lad_fast.kernels.tiles import arrive, clear
 
 
 @triton.jit
@@ -25,12 +26,41 @@ def _add_to_log_sum(maximum, total, b_logits, m_classes):
 
 
 @triton.jit
+def _write_sums(
+    parts_ptr, hidden_losses_ptr, loss_ptr, hidden_loss_ptr, total_ptr, B, K, counter_ptr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """By the last program, once all examples' losses are there: their sum, always in one order, and the sum of all."""
+    if arrive(counter_ptr) == tl.num_programs(0) - 1:
+        clear(counter_ptr, 1)
+        o_block = tl.arange(0, BLOCK)
+        b_loss = tl.zeros((BLOCK,), tl.float32)
+        for i_row in range(0, B, BLOCK):
+            b_loss += tl.load(parts_ptr + i_row + o_block, mask=i_row + o_block < B, other=0.0)
+        loss = tl.sum(b_loss)
+        tl.store(loss_ptr, loss)
+        if hidden_losses_ptr is not None:
+            b_hidden = tl.zeros((BLOCK,), tl.float32)
+            for k in range(0, K, BLOCK):
+                b_hidden += tl.load(hidden_losses_ptr + k + o_block, mask=k + o_block < K, other=0.0)
+            hidden_loss = tl.sum(b_hidden)
+            tl.store(hidden_loss_ptr, hidden_loss)
+            tl.store(total_ptr, hidden_loss + loss)
+
+
+@triton.jit(do_not_specialize=("B", "K"))
 def _logit_loss_kernel(
     student_ptr,  # (B, C)
     teacher_ptr,  # (B, C)
     labels_ptr,  # (B,) integers
-    loss_ptr,  # (B,) float32 out
-    grad_ptr,  # (B, C) float32 out
+    slope_ptr,  # (B, C) float32 out
+    parts_ptr,  # (B,) float32 scratch: examples' losses
+    hidden_losses_ptr,  # (K,) float32, or None
+    loss_ptr,  # () float32 out: of the logits
+    hidden_loss_ptr,  # () float32 out: the hidden losses' sum, where there are any
+    total_ptr,  # () float32 out: of all
+    counter_ptr,  # (1,) int32, zero before and after
+    B,
+    K,
     C,
     temperature,
     soft_scale,  # soft_weight / B
@@ -68,19 +98,28 @@ def _logit_loss_kernel(
         loss += tl.sum(tl.where(m_classes, b_soft + b_hard, 0.0), axis=0)
         b_grad = (tl.exp(b_student - hard_lse) - b_is_label.to(tl.float32)) * hard_scale
         b_grad += (tl.exp(b_log_student) - b_teacher_prob) * (soft_scale * temperature)
-        tl.store(grad_ptr + i_row * C + o_classes, b_grad, mask=m_classes)
+        tl.store(slope_ptr + i_row * C + o_classes, b_grad, mask=m_classes)
     # Nobody read the labels on the host: one outside the classes must not pass in silence.
-    tl.store(loss_ptr + i_row, tl.where((label >= 0) & (label < C), loss, float("nan")))
+    tl.store(parts_ptr + i_row, tl.where((label >= 0) & (label < C), loss, float("nan")))
+    _write_sums(
+        parts_ptr, hidden_losses_ptr, loss_ptr, hidden_loss_ptr, total_ptr, B, K, counter_ptr, CLASSES
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("B", "K"))
 def _regression_loss_kernel(
     student_ptr,  # (B,)
     teacher_ptr,  # (B,)
     labels_ptr,  # (B,) floating
-    loss_ptr,  # (B,) float32 out
-    grad_ptr,  # (B,) float32 out
+    slope_ptr,  # (B,) float32 out
+    parts_ptr,  # (B,) float32 scratch: examples' losses
+    hidden_losses_ptr,  # (K,) float32, or None
+    loss_ptr,  # () float32 out: of the logits
+    hidden_loss_ptr,  # () float32 out: the hidden losses' sum, where there are any
+    total_ptr,  # () float32 out: of all
+    counter_ptr,  # (1,) int32, zero before and after
     B,
+    K,
     soft_scale,  # soft_weight / B
     hard_scale,  # hard_weight / B
     ROWS: tl.constexpr,
@@ -90,28 +129,31 @@ def _regression_loss_kernel(
     b_student = tl.load(student_ptr + o_rows, mask=m_rows, other=0.0).to(tl.float32)
     b_soft = b_student - tl.load(teacher_ptr + o_rows, mask=m_rows, other=0.0).to(tl.float32)
     b_hard = b_student - tl.load(labels_ptr + o_rows, mask=m_rows, other=0.0).to(tl.float32)
-    tl.store(loss_ptr + o_rows, hard_scale * b_hard * b_hard + soft_scale * b_soft * b_soft, mask=m_rows)
-    tl.store(grad_ptr + o_rows, 2.0 * (hard_scale * b_hard + soft_scale * b_soft), mask=m_rows)
+    tl.store(parts_ptr + o_rows, hard_scale * b_hard * b_hard + soft_scale * b_soft * b_soft, mask=m_rows)
+    tl.store(slope_ptr + o_rows, 2.0 * (hard_scale * b_hard + soft_scale * b_soft), mask=m_rows)
+    _write_sums(parts_ptr, hidden_losses_ptr, loss_ptr, hidden_loss_ptr, total_ptr, B, K, counter_ptr, ROWS)
 
 
 def distill_loss_forward(
-    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression
-) -> tuple[Tensor, Tensor]:
+    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, hidden_losses
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """One launch; see :func:`lad_fast.kernels.ops.distill_loss_forward`."""
-    batch_size = student_logits.shape[0]
-    loss = torch.empty(batch_size, dtype=torch.float32, device=student_logits.device)
-    grad = torch.empty_like(student_logits, dtype=torch.float32)
-    pointers = {
-        "student_ptr": student_logits, "teacher_ptr": teacher_logits, "labels_ptr": labels, "loss_ptr": loss,
-        "grad_ptr": grad,
+    batch_size, device = student_logits.shape[0], student_logits.device
+    slope = torch.empty_like(student_logits, dtype=torch.float32)
+    loss, *sums = (slope.new_empty(()) for _ in range(1 if hidden_losses is None else 3))
+    arguments = {
+        "student_ptr": student_logits, "teacher_ptr": teacher_logits, "labels_ptr": labels, "slope_ptr": slope,
+        "parts_ptr": slope.new_empty(batch_size), "hidden_losses_ptr": hidden_losses, "loss_ptr": loss,
+        "hidden_loss_ptr": sums[0] if sums else None, "total_ptr": sums[1] if sums else None,
+        "counter_ptr": lc.counters(device, 1), "B": batch_size, "K": len(hidden_losses) if sums else 0,
+        "soft_scale": soft_weight / batch_size, "hard_scale": hard_weight / batch_size,
     }  # fmt: skip
-    scales = {"soft_scale": soft_weight / batch_size, "hard_scale": hard_weight / batch_size}
     if regression:
         grid = (triton.cdiv(batch_size, lc.CLASSES_PER_STEP),)
-        lc.launch(_regression_loss_kernel, grid, **pointers, B=batch_size, **scales, ROWS=lc.CLASSES_PER_STEP)
+        lc.launch(_regression_loss_kernel, grid, **arguments, ROWS=lc.CLASSES_PER_STEP)
     else:
         lc.launch(
-            _logit_loss_kernel, (batch_size,), **pointers, C=student_logits.shape[1], temperature=temperature, **scales,
+            _logit_loss_kernel, (batch_size,), **arguments, C=student_logits.shape[1], temperature=temperature,
             CLASSES=lc.CLASSES_PER_STEP, num_warps=1,
         )  # fmt: skip
-    return loss.sum(), grad
+    return loss, slope, sums

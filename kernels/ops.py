@@ -40,11 +40,11 @@ KEEP = ("nothing", "differences", "gates", "states")
 or none of those, and backward makes the gates again from the aggregates."""
 
 
-def _new_gates(state: Tensor, weight: Tensor, keep: str, backend: str) -> list[Tensor]:
+def _new_gates(state: Tensor, weight: Tensor, matmul_dtype: torch.dtype, keep: str, backend: str) -> list[Tensor]:
     if keep != "gates":
         return []
     if backend == "torch":
-        return [torch.empty_like(state, dtype=weight.dtype) for _ in weight]
+        return [torch.empty_like(state, dtype=matmul_dtype) for _ in weight]
     return [state.new_empty((len(weight), *state.shape))]
 
 
@@ -64,6 +64,10 @@ def _new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend) ->
     return mean, torch.empty_like(mean)
 
 
+def _new_product_weight(weight: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(weight.shape if weight.dtype != matmul_dtype else 0, dtype=matmul_dtype)
+
+
 def _new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters) -> list[Tensor]:
     shapes = (weight.shape, weight.shape[:2], norm_weight.shape, norm_weight.shape)
     grad_hidden = hidden[0].new_empty((len(hidden), *hidden[0].shape) if need_hidden else 0)
@@ -81,39 +85,45 @@ def aggregate_forward(
     cu_seqlens: Tensor | None,
     seq_len: int,
     eps: float,
+    matmul_dtype: torch.dtype,
     keep: str,
     backend: str,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Run n gates.
 
     Args:
-        hidden: n + 1 states (T, D).
-        weight: (n, D, D) in the dtype of the matrix products.
-        bias: (n, D) float32. norm_weight, norm_bias: (n, S, D) or (n, D) float32.
-        row_mask: (T,) bool, False for padding. cu_seqlens: (E + 1,) int32.
+        hidden: n + 1 states (T, D); "torch" takes zero padding in the first.
+        weight: (n, D, D), bias: (n, D), norm_weight, norm_bias: (n, S, D) or (n, D), float32.
+        row_mask: (T,) bool, False for padding; "triton" takes any dtype. cu_seqlens: (E + 1,) int32.
         seq_len: rows of an example; 0 where ``cu_seqlens`` says.
+        matmul_dtype: of the matrix products.
         keep: one of :data:`KEEP` but "differences".
 
     Returns:
-        aggregates, gates, mean and rstd (n, groups). "triton" puts the chain's start before the n aggregates, and all
-        gates in one tensor (n, T, D). "torch" has n gates (T, D) in the products' dtype and no statistics: (n, 0).
+        The weights in ``matmul_dtype``, empty where they are so already; aggregates, gates, mean and rstd (n, groups).
+        "triton" puts the chain's start before the n aggregates, and all gates in one tensor (n, T, D). "torch" has n
+        gates (T, D) in the products' dtype and no statistics: (n, 0).
     """
-    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
+    chain = (bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
+            cast = weight.to(matmul_dtype)
             empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-            return *eager.aggregate_forward(hidden, *chain, keep), *empty
+            return _other(cast, weight), *eager.aggregate_forward(hidden, cast, *chain, keep), *empty
         from lad_fast.kernels.chain import forward
 
-        out = forward(hidden, [], [], *chain, 0.0, keep)
-        return out.states, out.gates, out.mean, out.rstd
+        out = forward(hidden, [], [], weight, *chain, matmul_dtype, 0.0, keep)
+        return _other(out.weight, weight), out.states, out.gates, out.mean, out.rstd
 
 
 @aggregate_forward.register_fake
-def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, backend):
-    statistics = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-    aggregates = _new_states(hidden[0], weight, backend)
-    return aggregates, _new_gates(hidden[0], weight, keep, backend), *statistics
+def _(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend):
+    return (
+        _new_product_weight(weight, matmul_dtype),
+        _new_states(hidden[0], weight, backend),
+        _new_gates(hidden[0], weight, matmul_dtype, keep, backend),
+        *_new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend),
+    )
 
 
 @torch.library.custom_op("lad_fast::aggregate_backward", mutates_args=())
@@ -175,6 +185,11 @@ def _gate_by_gate(parameter: Tensor) -> Tensor:
     return parameter if parameter[0].is_contiguous() else parameter.contiguous()
 
 
+def _other(cast: Tensor, weight: Tensor) -> Tensor:
+    """What an operator returns of weights it cast: its inputs it must not."""
+    return weight.new_empty(0) if cast is weight else cast
+
+
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -182,11 +197,12 @@ class _Aggregate(torch.autograd.Function):
         weight, bias, norm_weight, norm_bias, *hidden,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
-        weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         hidden = [h.contiguous() for h in hidden]
-        aggregates, gates, mean, rstd = aggregate_forward(
-            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, backend,
+        cast, aggregates, gates, mean, rstd = aggregate_forward(
+            hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep,
+            backend,
         )  # fmt: skip
+        weight = cast if cast.numel() else weight  # kept as the products take it: a cast costs more than its bytes
         ctx.wanted, ctx.seq_len, ctx.eps, ctx.backend = wanted, seq_len, eps, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -264,10 +280,11 @@ def chain_loss_forward(
     cu_seqlens: Tensor | None,
     seq_len: int,
     eps: float,
+    matmul_dtype: torch.dtype,
     loss_weight: float,
     keep: str,
     backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Run n gates and compare K student states with aggregates: :func:`aggregate_forward` and
     :func:`hidden_loss_forward` in one, so that no aggregate need outlive its use.
 
@@ -277,25 +294,28 @@ def chain_loss_forward(
 
     Returns:
         losses (K,), the factor ``2 * loss_weight / (real tokens * D)`` (scalar) that the gradient needs, differences
-        (K states like ``student``) and gates where kept; aggregates, mean and rstd as :func:`aggregate_forward`
-        returns them, aggregates empty for "torch" and where no backward reads them.
+        (K states like ``student``) and gates where kept; weights, aggregates, mean and rstd as
+        :func:`aggregate_forward` returns them, aggregates empty for "torch" and where no backward reads them.
     """
-    chain = (weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight, keep)
+    chain = (bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
+            cast = weight.to(matmul_dtype)
+            found = eager.chain_loss_forward(hidden, student, targets, cast, *chain, loss_weight, keep)
             empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-            return *eager.chain_loss_forward(hidden, student, targets, *chain), hidden[0].new_empty(0), *empty
+            return *found, _other(cast, weight), hidden[0].new_empty(0), *empty
         from lad_fast.kernels.chain import forward
 
-        out = forward(hidden, student, targets, *chain)
+        out = forward(hidden, student, targets, weight, *chain, matmul_dtype, loss_weight, keep)
         states = out.states if keep in ("gates", "states") else out.states.new_empty(0)
-        return out.losses, out.factor, out.differences, out.gates, states, out.mean, out.rstd
+        cast = _other(out.weight, weight)
+        return out.losses, out.factor, out.differences, out.gates, cast, states, out.mean, out.rstd
 
 
 @chain_loss_forward.register_fake
 def _(
-    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
-    keep, backend,
+    hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype,
+    loss_weight, keep, backend,
 ):  # fmt: skip
     state, read = hidden[0], backend != "torch" and keep in ("gates", "states")
     losses = state.new_empty(len(student), dtype=statistics_dtype(student[0].dtype))
@@ -303,7 +323,8 @@ def _(
         losses,
         losses.new_empty(()),
         [torch.empty_like(h) for h in student] if keep == "differences" else [],
-        _new_gates(state, weight, keep, backend),
+        _new_gates(state, weight, matmul_dtype, keep, backend),
+        _new_product_weight(weight, matmul_dtype),
         _new_states(state, weight, backend) if read else state.new_empty(0),
         *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend),
     )
@@ -331,79 +352,122 @@ def chain_loss_backward(
     need_student: bool,
     need_hidden: bool,
     need_parameters: bool,
+    logits_slope: Tensor | None,
+    grad_logits_loss: Tensor | None,
+    logits_dtype: torch.dtype | None,
     backend: str,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`chain_loss_forward`: of the student's states, then as :func:`aggregate_backward`."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`chain_loss_forward`: of the student's states, then as :func:`aggregate_backward`; and of the
+    student's logits in their dtype, ``logits_slope * grad_logits_loss``, empty where None."""
     chain = (weight, bias, norm_weight, norm_bias)
     where, needs = (row_mask, cu_seqlens, seq_len), (need_student, need_hidden, need_parameters)
+    grad_logits = factor.new_empty(0 if logits_slope is None else logits_slope.shape, dtype=logits_dtype)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
-            return eager.chain_loss_backward(
+            if logits_slope is not None:
+                grad_logits.copy_(logits_slope * grad_logits_loss)
+            found = eager.chain_loss_backward(
                 grad, factor, hidden, student, targets, *chain, gates, *where, eps, *needs
             )
+            return *found, grad_logits
         from lad_fast.kernels.chain import backward
 
-        return backward(
-            [], grad, factor, hidden, student, targets, *chain, aggregates, gates, mean, rstd, *where,
-            *needs,
+        logits = None if logits_slope is None else (logits_slope, grad_logits_loss, grad_logits)
+        found = backward(
+            [], grad, factor, hidden, student, targets, *chain, aggregates, gates, mean, rstd, *where, *needs, logits,
         )  # fmt: skip
+        return *found, grad_logits
 
 
 @chain_loss_backward.register_fake
 def _(
     grad, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates, aggregates, mean, rstd,
-    row_mask, cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters, backend,
+    row_mask, cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters, logits_slope, grad_logits_loss,
+    logits_dtype, backend,
 ):  # fmt: skip
-    grad_student = [torch.empty_like(h) for h in student] if need_student else []
-    return grad_student, *_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters)
+    return (
+        [torch.empty_like(h) for h in student] if need_student else [],
+        *_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters),
+        factor.new_empty(0 if logits_slope is None else logits_slope.shape, dtype=logits_dtype),
+    )
+
+
+def _add(*grads: Tensor | None) -> Tensor | None:
+    """The sum of the gradients that there are."""
+    found = [grad for grad in grads if grad is not None]
+    return sum(found[1:], start=found[0]) if found else None
 
 
 class _ChainLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep, backend,
-        weight, bias, norm_weight, norm_bias, *states,
+        ctx, targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, teacher_logits,
+        labels, logits_settings, weight, bias, norm_weight, norm_bias, student_logits, *states,
     ):  # fmt: skip
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
-        weight = weight.to(matmul_dtype)  # and kept as such: a cast costs more than its bytes
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
-        losses, factor, differences, gates, *kept = chain_loss_forward(
+        losses, factor, differences, gates, cast, *kept = chain_loss_forward(
             hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens,
-            seq_len, eps, loss_weight, keep, backend,
+            seq_len, eps, matmul_dtype, loss_weight, keep, backend,
         )  # fmt: skip
+        weight = cast if cast.numel() else weight  # kept as the products take it: a cast costs more than its bytes
+        slope, ctx.logits_dtype, outputs = None, None, (losses,)
+        if student_logits is not None:
+            logits_loss, slope, (hidden_loss, loss) = distill_loss_forward(
+                *(tensor.contiguous() for tensor in (student_logits, teacher_logits, labels)), *logits_settings,
+                losses, backend,
+            )  # fmt: skip
+            ctx.logits_dtype, outputs = student_logits.dtype, (loss, hidden_loss, logits_loss, losses)
         ctx.targets, ctx.seq_len, ctx.eps, ctx.backend, ctx.keep = targets, seq_len, eps, backend, keep
-        if keep == "differences":
-            ctx.save_for_backward(factor, *differences)
-        else:
+        ctx.set_materialize_grads(False)
+        if keep in ("gates", "states"):
             ctx.save_for_backward(
-                factor, row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, *kept, *states, *gates
+                slope, factor, row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, *kept, *states, *gates
             )
-        return losses
+        else:
+            ctx.save_for_backward(slope, factor, *differences)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        needs_parameters, needs_states = ctx.needs_input_grad[9:13], ctx.needs_input_grad[13:]
-        num_layers = len(ctx.targets)
+    def backward(ctx, *grads):
+        needs_parameters, needs_logits = ctx.needs_input_grad[12:16], ctx.needs_input_grad[16]
+        num_layers, needs_states = len(ctx.targets), ctx.needs_input_grad[17:]
         needs_student, needs_hidden = needs_states[:num_layers], needs_states[num_layers:]
-        if ctx.keep == "differences":
-            factor, *differences = ctx.saved_tensors
-            # In the factor's dtype: float16 has no number as small as the factor can be.
-            scaled = ((d.to(factor.dtype) * (g * factor)).to(d.dtype) for d, g in zip(differences, grad, strict=True))
-            grad_student = (g if needed else None for g, needed in zip(scaled, needs_student, strict=True))
-            return *(None,) * 13, *grad_student, *(None,) * len(needs_hidden)
-        factor, *saved = ctx.saved_tensors
+        slope, factor, *saved = ctx.saved_tensors
+        *grad_sums, grad = grads
+        grad_logits_loss = None
+        if grad_sums:
+            grad_loss, grad_hidden_loss, grad_logits_loss = grad_sums
+            grad_logits_loss = _add(grad_loss, grad_logits_loss) if needs_logits else None
+            grad = _add(grad, _add(grad_loss, grad_hidden_loss))
+        grad_logits = None
+        if grad is None or ctx.keep in ("differences", "nothing"):
+            if grad_logits_loss is not None:
+                grad_logits = (slope * grad_logits_loss).to(ctx.logits_dtype)
+            grad_student = [None] * num_layers
+            if grad is not None and any(needs_student):
+                # In the factor's dtype: float16 has no number as small as the factor can be.
+                scales = (grad * factor).expand(num_layers)
+                grad_student = [
+                    (d.to(factor.dtype) * scale).to(d.dtype) if needed else None
+                    for d, scale, needed in zip(saved, scales, needs_student, strict=True)
+                ]
+            return *(None,) * 16, grad_logits, *grad_student, *(None,) * len(needs_hidden)
         (row_mask, cu_seqlens, *chain, aggregates, mean, rstd), saved = saved[:9], saved[9:]
         states, gates = saved[: len(needs_states)], saved[len(needs_states) :]
-        grad_student, grad_hidden, *grad_parameters = chain_loss_backward(
-            grad, factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates, aggregates, mean, rstd,
-            row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student), any(needs_hidden), any(needs_parameters),
-            ctx.backend,
+        if grad_logits_loss is None:
+            slope = None
+        grad_student, grad_hidden, *grad_parameters, grad_logits = chain_loss_backward(
+            grad.expand(num_layers), factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates,
+            aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student), any(needs_hidden),
+            any(needs_parameters), slope, grad_logits_loss, ctx.logits_dtype, ctx.backend,
         )  # fmt: skip
         return (
-            *(None,) * 9,
+            *(None,) * 12,
             *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
+            None if slope is None else grad_logits,
             *(grad_student[k] if needed else None for k, needed in enumerate(needs_student)),
             *(grad_hidden[i] if needed else None for i, needed in enumerate(needs_hidden)),
         )
@@ -426,13 +490,21 @@ def chain_loss(
     matmul_dtype: torch.dtype,
     keep_gates: bool,
     backend: str,
-) -> Tensor:
-    """(K,) weighted mean squared errors between student states and aggregates; see :func:`chain_loss_forward`."""
+    logits: tuple | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """(K,) weighted mean squared errors between student states and aggregates; see :func:`chain_loss_forward`.
+
+    With ``logits``, the arguments of :func:`distill_loss`, all losses of the objective at once: their sum, the hidden
+    losses' sum, the logits' loss, and the hidden losses.
+    """
     chain = (weight, bias, norm_weight, norm_bias)
     keep = _keep((*chain, *hidden), student, keep_gates)
-    return _ChainLoss.apply(
-        targets, row_mask, cu_seqlens, seq_len, eps, loss_weight, matmul_dtype, keep, backend, *chain, *student, *hidden
-    )
+    student_logits, teacher_logits, labels, *settings = logits or (None, None, None)
+    losses = _ChainLoss.apply(
+        targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, teacher_logits, labels,
+        tuple(settings), *chain, student_logits, *student, *hidden,
+    )  # fmt: skip
+    return losses if logits else losses[0]
 
 
 @torch.library.custom_op("lad_fast::hidden_loss_forward", mutates_args=())
@@ -515,18 +587,26 @@ def distill_loss_forward(
     soft_weight: float,
     hard_weight: float,
     regression: bool,
+    hidden_losses: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and its gradient by the student's logits (B, C), both float32."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss (scalar) and its slope by the student's logits (B, C), both float32; and with ``hidden_losses`` (K,) their
+    sum and the sum of all losses."""
     return _logit_loss(backend).distill_loss_forward(
-        student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression
+        student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, hidden_losses
     )
 
 
 @distill_loss_forward.register_fake
-def _(student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend):
-    grad = torch.empty_like(student_logits, dtype=statistics_dtype(student_logits.dtype))
-    return grad.new_empty(()), grad
+def _(
+    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, hidden_losses, backend
+):  # fmt: skip
+    slope = torch.empty_like(student_logits, dtype=statistics_dtype(student_logits.dtype))
+    loss = slope.new_empty(())
+    if hidden_losses is None:
+        return loss, slope, []
+    dtype = torch.promote_types(hidden_losses.dtype, loss.dtype)
+    return loss, slope, [hidden_losses.new_empty(()), loss.new_empty((), dtype=dtype)]
 
 
 class _DistillLoss(torch.autograd.Function):
@@ -534,9 +614,9 @@ class _DistillLoss(torch.autograd.Function):
     def forward(
         ctx, student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression, backend
     ):
-        loss, grad = distill_loss_forward(
+        loss, grad, _ = distill_loss_forward(
             student_logits.contiguous(), teacher_logits.contiguous(), labels.contiguous(), temperature, soft_weight,
-            hard_weight, regression, backend,
+            hard_weight, regression, None, backend,
         )  # fmt: skip
         ctx.dtype = student_logits.dtype
         ctx.save_for_backward(grad)

@@ -72,11 +72,12 @@ def fused_aggregate(
         )
     states, positions = chain.states(), chain.positions()
     if max(positions) == 0:
-        return (states[0],) * len(positions)
+        return (chain.first_aggregate(),) * len(positions)
     wanted = sorted({i - 1 for i in positions if i > 0})
     aggregates = ops.aggregate(*chain.tensors(states, max(positions)), wanted, **chain.options(eps))
     by_position = {i + 1: a.view(states[0].shape) for i, a in zip(wanted, aggregates, strict=True)}
-    by_position[0] = states[0]
+    if 0 in positions:
+        by_position[0] = chain.first_aggregate()
     return tuple(by_position[i] for i in positions)
 
 
@@ -126,6 +127,43 @@ def fused_hidden_loss(
     return losses if reduction == "none" else losses.sum()
 
 
+class LogitsLoss(NamedTuple):
+    """The arguments of :func:`fused_distill_loss`."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    labels: Tensor
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    regression: bool
+
+    def check(self, backend: str | None) -> str:
+        """The back end that takes them; raises where none does."""
+        student_logits, teacher_logits, labels = self[:3]
+        _check_float("student_logits", student_logits)
+        _check_float("teacher_logits", teacher_logits)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels is a {type(labels).__name__}; it takes a tensor")
+        if student_logits.numel() == 0:
+            raise ValueError(f"student_logits is empty: shape {tuple(student_logits.shape)}")
+        if student_logits.dim() != 2 and not (self.regression and student_logits.dim() == 1):
+            raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}; it takes (B, C)")
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(
+                f"teacher_logits has shape {tuple(teacher_logits.shape)}; student_logits has "
+                f"{tuple(student_logits.shape)}"
+            )
+        if teacher_logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError("teacher_logits requires grad, but the loss gives it none; pass teacher_logits.detach()")
+        for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels)):
+            _check_same_device(name, tensor, "student_logits", student_logits)
+        if not self.regression and not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature!r}; it takes a number above 0")
+        _check_labels(labels, student_logits, self.regression)
+        return _check_backend(backend, student_logits, teacher_logits)
+
+
 def chain_loss(
     student_hidden_states: Sequence[Tensor],
     hidden_states: Sequence[Tensor] | Tensor,
@@ -135,16 +173,26 @@ def chain_loss(
     cu_seqlens: Tensor | Sequence[int] | None = None,
     weight: float = 1000.0,
     *,
+    logits: LogitsLoss | None = None,
     memory: str = "auto",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """(K,) terms of :func:`fused_hidden_loss` against :func:`fused_aggregate`, in one operator that keeps less.
 
-    Arguments are those of the two; no layer stands twice in ``layers``.
+    Arguments are those of the two; no layer stands twice in ``layers``. With ``logits`` also
+    :func:`fused_distill_loss`, and all sums: loss, hidden loss, logits loss, and the K terms.
     """
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, memory, backend)
     positions = chain.positions()
-    if chain.backend == "reference" or max(positions) == 0:
+    together = logits is None or logits.check(backend) == chain.backend
+    if chain.backend == "reference" or max(positions) == 0 or not together:
+        if logits is not None:
+            where = (attention_mask, cu_seqlens, weight)
+            losses = chain_loss(
+                student_hidden_states, hidden_states, gates, layers, *where, memory=memory, backend=backend
+            )
+            hidden_loss, logits_loss = losses.sum(), fused_distill_loss(*logits, backend=backend)
+            return hidden_loss + logits_loss, hidden_loss, logits_loss, losses
         aggregates = fused_aggregate(hidden_states, gates, layers, attention_mask, cu_seqlens, backend=backend)
         return fused_hidden_loss(
             student_hidden_states, aggregates, attention_mask, weight, reduction="none", backend=backend
@@ -159,6 +207,7 @@ def chain_loss(
         positions,
         *parameters,
         loss_weight=weight / len(student),
+        logits=logits,
         **chain.options(eps=1e-5),
     )
 
@@ -197,30 +246,13 @@ def fused_distill_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, label, temperature or back end that does not fit; a trainable teacher.
     """
-    _check_float("student_logits", student_logits)
-    _check_float("teacher_logits", teacher_logits)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; it takes a tensor")
-    if student_logits.numel() == 0:
-        raise ValueError(f"student_logits is empty: shape {tuple(student_logits.shape)}")
-    if student_logits.dim() != 2 and not (regression and student_logits.dim() == 1):
-        raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}; it takes (B, C)")
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher_logits has shape {tuple(teacher_logits.shape)}; student_logits has {tuple(student_logits.shape)}"
-        )
-    if teacher_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher_logits requires grad, but the loss gives it none; pass teacher_logits.detach()")
-    for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels)):
-        _check_same_device(name, tensor, "student_logits", student_logits)
-    if not regression and not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
-    _check_labels(labels, student_logits, regression)
-    backend = _check_backend(backend, student_logits, teacher_logits)
-    weights = (temperature, soft_weight, hard_weight, regression)
+    logits = LogitsLoss(
+        student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight, regression
+    )  # fmt: skip
+    backend = logits.check(backend)
     if backend == "reference":
-        return reference.distill_loss(student_logits, teacher_logits, labels, *weights)
-    return ops.distill_loss(student_logits, teacher_logits, labels, *weights, backend)
+        return reference.distill_loss(*logits)
+    return ops.distill_loss(*logits, backend)
 
 
 class _Chain(NamedTuple):
@@ -241,11 +273,14 @@ class _Chain(NamedTuple):
         return [last - layer if self.reverse else layer for layer in self.layers]
 
     def states(self) -> list[Tensor]:
-        """The hidden states along the chain; zero padding in the first, which is the first aggregate."""
-        start, *others = reversed(self.hidden_states) if self.reverse else self.hidden_states
-        if self.attention_mask is not None:
-            start = start.masked_fill(self.attention_mask[..., None] == 0, 0)
-        return [start, *others]
+        """The hidden states along the chain, as the operators take them."""
+        states = self.hidden_states[::-1] if self.reverse else self.hidden_states
+        return states if self.backend == "triton" else [self.first_aggregate(), *states[1:]]
+
+    def first_aggregate(self) -> Tensor:
+        """The chain's start with zero padding. Triton's kernels zero what they copy of it themselves."""
+        start = self.hidden_states[-1 if self.reverse else 0]
+        return start if self.attention_mask is None else start.masked_fill(self.attention_mask[..., None] == 0, 0)
 
     def tensors(self, states: list[Tensor], num_gates: int) -> list:
         """States (T, D) and the four parameters that so many gates read."""
@@ -258,9 +293,11 @@ class _Chain(NamedTuple):
         ]
 
     def options(self, eps: float) -> dict:
-        first = self.hidden_states[0]
+        first, row_mask = self.hidden_states[0], self.attention_mask
+        if row_mask is not None:
+            row_mask = (row_mask if self.backend == "triton" else row_mask != 0).reshape(-1)
         return {
-            "row_mask": None if self.attention_mask is None else (self.attention_mask != 0).reshape(-1),
+            "row_mask": row_mask,
             "cu_seqlens": self.cu_seqlens,
             "seq_len": 0 if first.dim() == 2 else first.shape[1],
             "eps": eps,

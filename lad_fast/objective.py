@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, chain_loss, fused_distill_loss
+from lad_fast.functional import BACKENDS, MEMORY, LogitsLoss, chain_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -130,16 +130,15 @@ class LADObjective(nn.Module):
             student_hidden_states = [
                 project(h) for project, h in zip(self.projections, student_hidden_states, strict=True)
             ]
-        hidden_losses = chain_loss(
-            student_hidden_states, teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens,
-            self.hidden_weight, memory=self.memory, backend=backend,
-        )  # fmt: skip
-        logits_loss = fused_distill_loss(
+        logits = LogitsLoss(
             student_logits, teacher_logits, labels, self.temperature, self.soft_weight, self.hard_weight,
-            self.regression, backend=backend,
+            self.regression,
         )  # fmt: skip
-        hidden_loss = hidden_losses.sum()
-        return LADOutput(hidden_loss + logits_loss, hidden_loss, logits_loss, hidden_losses.detach())
+        *losses, hidden_losses = chain_loss(
+            student_hidden_states, teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens,
+            self.hidden_weight, logits=logits, memory=self.memory, backend=backend,
+        )  # fmt: skip
+        return LADOutput(*losses, hidden_losses.detach())
 
 
 def _unpack(name: str, hidden_states, logits):

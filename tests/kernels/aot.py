@@ -212,23 +212,24 @@ def inspect(compiled, architecture: str) -> Figures:
 
 
 def run_chain(norm: str, mode: str, keep: str, need_hidden: bool, dtype, matmul_dtype) -> None:
-    """Every launch of the chain, with a student at the chain's start and one at its end."""
+    """Every launch of the chain, with a student at the chain's start and one at its end, and logits."""
     examples, length, hidden_size, gates = 4, 64, 768, 2
     num_tokens = examples * length
     hidden = [torch.empty(num_tokens, hidden_size, dtype=dtype) for _ in range(gates + 1)]
-    weight = torch.empty(gates, hidden_size, hidden_size, dtype=matmul_dtype)
+    weight = torch.empty(gates, hidden_size, hidden_size)
     affine = torch.empty(gates, *((length, hidden_size) if norm == "sequence" else (hidden_size,)))
-    parameters = (weight, torch.empty(gates, hidden_size), affine, affine)
+    parameters = (torch.empty(gates, hidden_size), affine, affine)
     where = (
-        torch.ones(num_tokens, dtype=torch.bool) if mode == "masked" else None,
+        torch.ones(num_tokens, dtype=torch.int64) if mode == "masked" else None,
         torch.arange(0, num_tokens + 1, length, dtype=torch.int32) if mode == "packed" else None,
         0 if mode == "packed" else length,
     )
     student, targets = hidden[:2], [0, gates]
-    out = chain.forward(hidden, student, targets, *parameters, *where, 1e-5, 1.0, keep)
+    out = chain.forward(hidden, student, targets, weight, *parameters, *where, 1e-5, matmul_dtype, 1.0, keep)
+    slope = torch.empty(examples, 3)
     chain.backward(
-        [], out.losses, out.factor, hidden, student, targets, *parameters, out.states, out.gates, out.mean, out.rstd,
-        *where, True, need_hidden, True,
+        [], out.losses, out.factor, hidden, student, targets, out.weight, *parameters, out.states, out.gates, out.mean,
+        out.rstd, *where, True, need_hidden, True, (slope, out.factor, slope.to(dtype)),
     )  # fmt: skip
 
 
@@ -238,8 +239,8 @@ def run_losses(dtype) -> None:
     losses, factor = hidden_loss.hidden_loss_forward(states, states, mask, 1.0)
     hidden_loss.hidden_loss_backward(losses, states, states, mask, factor, True, True)
     logits, labels = torch.empty(4, 3, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    logit_loss.distill_loss_forward(logits, logits, labels, 10.0, 0.5, 0.5, False)
-    logit_loss.distill_loss_forward(logits[:, :1], logits[:, :1], labels.float(), 10.0, 0.5, 0.5, True)
+    logit_loss.distill_loss_forward(logits, logits, labels, 10.0, 0.5, 0.5, False, losses)
+    logit_loss.distill_loss_forward(logits[:, :1], logits[:, :1], labels.float(), 10.0, 0.5, 0.5, True, losses)
 
 
 def table(architectures, precisions, cases=CASES) -> list[Row]:

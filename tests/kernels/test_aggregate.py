@@ -202,9 +202,9 @@ def test_checkpoint_gives_the_same_gradients(backend):
 def test_opcheck(backend, mode):
     case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(1, 2), mode=mode)
     hidden, _, gates, where = operands(case, case.build(torch.float32))
-    arguments = hidden, *gates, *where, 1e-5, "gates", backend
+    arguments = hidden, *gates, *where, 1e-5, torch.float32, "gates", backend
     torch.library.opcheck(ops.aggregate_forward, arguments)
-    aggregates, *kept = ops.aggregate_forward(*arguments)
+    _, aggregates, *kept = ops.aggregate_forward(*arguments)
     grads = [None, torch.randn_like(aggregates[-1])]
     read = aggregates if backend == "triton" else None
     torch.library.opcheck(

@@ -191,14 +191,27 @@ def test_autocast_multiplies_in_the_low_precision(backend):
 def test_opcheck(backend, mode):
     case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(0, 2), mode=mode)
     hidden, student, gates, where = operands(case, case.build(torch.float32))
-    arguments = (hidden, student, [0, 2], *gates, *where, 1e-5, 3.0, "gates", backend)
+    arguments = (hidden, student, [0, 2], *gates, *where, 1e-5, torch.float32, 3.0, "gates", backend)
     torch.library.opcheck(ops.chain_loss_forward, arguments)
-    losses, factor, _, *kept = ops.chain_loss_forward(*arguments)
-    for needs in ((True, True, True), (True, False, False)):
+    losses, factor, _, kept_gates, _, *kept = ops.chain_loss_forward(*arguments)
+    logits = (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16)
+    for *needs, slope in ((True, True, True, logits), (True, False, False, (None, None, None))):
         torch.library.opcheck(
             ops.chain_loss_backward,
-            (losses, factor, hidden, student, [0, 2], *gates, *kept, *where, 1e-5, *needs, backend),
+            (losses, factor, hidden, student, [0, 2], *gates, kept_gates, *kept, *where, 1e-5, *needs, *slope, backend),
         )
+
+
+@pytest.mark.parametrize("keep", ("gates", "states"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_where_weights_are_cast(backend, keep):
+    case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(0, 2))
+    hidden, student, gates, where = operands(case, case.build(torch.bfloat16))
+    options = (*where, 1e-5, torch.bfloat16)
+    torch.library.opcheck(
+        ops.chain_loss_forward, (hidden, student, [0, 2], *gates, *options, 3.0, keep, backend)
+    )  # fmt: skip
+    torch.library.opcheck(ops.aggregate_forward, (hidden, *gates, *options, keep, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, check, run, run_loss
+from cases import TOLERANCE, Case, check, relative_error, run, run_loss
 from interpreting import concurrent_programs
 
 import lad_fast
-from lad_fast.functional import chain_loss
+from lad_fast.functional import LogitsLoss, chain_loss
 from lad_fast.kernels import launch
 
 pytest.importorskip("triton")
@@ -169,6 +169,71 @@ def test_memory_low_keeps_no_gates(backend):
             lad_fast.fused_aggregate(inputs["hidden"], gates, case.wanted, memory=memory, backend=backend)
         kept[memory] = sum(sizes.values())
     assert kept["fast"] - kept["low"] == 5 * inputs["hidden"][0].nbytes
+
+
+# What of loss, hidden loss, logits loss and the K hidden losses is differentiated.
+UPSTREAM = ((1.0, 0.0, 0.0, ()), (0.0, 1.0, 0.0, ()), (0.0, 0.0, 1.0, ()), (2.0, 3.0, 5.0, (7.0, 11.0)))
+
+
+def all_losses(inputs, dtype, backend, regression, upstream, trained) -> list[torch.Tensor]:
+    """All losses and the gradients of logits, student, gates and teacher's states: those that are trained."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
+    logits = torch.randn(2, 11, 1 if regression else 5, generator=generator).bfloat16().to(dtype)
+    labels = torch.rand(11, generator=generator).to(wide) if regression else torch.arange(11) % 5
+    tensors = {
+        "logits": [logits[0]], "student": inputs["student"], "gates": inputs["gates"], "hidden": inputs["hidden"]
+    }  # fmt: skip
+    leaves = {
+        name: [t.detach().to(wide if name == "gates" else dtype).requires_grad_(name in trained) for t in found]
+        for name, found in tensors.items()
+    }
+    loss = LogitsLoss(leaves["logits"][0], logits[1], labels, 2.0, 0.3, 0.6, regression)
+    *sums, each = chain_loss(
+        leaves["student"], leaves["hidden"], leaves["gates"], (0, 2), inputs["attention_mask"], None, 50.0,
+        logits=loss, backend=backend,
+    )  # fmt: skip
+    # Autograd hands on what takes part, and no zeros for the rest.
+    weights = (*upstream[:3], torch.tensor(upstream[3] or 0.0))
+    parts = [(t * w).sum() for t, w in zip((*sums, each), weights, strict=True) if torch.as_tensor(w).any()]
+    parts = [part for part in parts if part.requires_grad]
+    taken = [t for name in trained for t in leaves[name]]
+    gradients = torch.autograd.grad(sum(parts), taken, allow_unused=True) if parts else [None] * len(taken)
+    return [*(t.detach() for t in (*sums, each)), *gradients]
+
+
+EVERYTHING = ("logits", "student", "gates", "hidden")
+TOGETHER = (
+    *((EVERYTHING, upstream, False) for upstream in UPSTREAM),
+    (EVERYTHING, UPSTREAM[3], True),
+    (("logits", "student"), UPSTREAM[0], False),
+    (("logits", "student"), UPSTREAM[3], True),
+    (("logits",), UPSTREAM[0], False),
+    (("logits",), UPSTREAM[1], False),
+    (("student", "gates"), UPSTREAM[0], False),
+)
+
+
+@pytest.mark.parametrize(("trained", "upstream", "regression"), TOGETHER)
+@pytest.mark.parametrize("form", (*FORMS, "torch"))
+def test_all_losses_at_once(form, trained, upstream, regression, monkeypatch, poisoned_allocations):
+    """One launch sums examples' losses and hidden losses, several steps of each; backward scales the logits' slope."""
+    monkeypatch.setattr(launch, "CLASSES_PER_STEP", 2)
+    case = Case(batch=3, length=7, layers=3, wanted=(0, 2), mode="masked")
+    inputs = case.build(torch.bfloat16)
+    expected = all_losses(inputs, torch.float64, "reference", regression, upstream, trained)
+    with launch.forced(choice(*FORMS.get(form, FORMS["triton"]))), concurrent_programs():
+        backend = "torch" if form == "torch" else "triton"
+        found = all_losses(inputs, torch.bfloat16, backend, regression, upstream, trained)
+    for ours, right in zip(found, expected, strict=True):
+        if right is None or not right.any():
+            assert ours is None or not ours.any()
+        else:
+            assert relative_error(ours, right) < TOLERANCE[torch.bfloat16]
+    losses = found[:4]
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    torch.testing.assert_close(losses[0], losses[1] + losses[2])
+    torch.testing.assert_close(losses[1], losses[3].sum())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))

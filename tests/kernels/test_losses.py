@@ -134,7 +134,7 @@ def test_unread_labels_outside_the_classes_give_nan(backend):
     """What happens on a GPU, where the functional API does not read the labels."""
     student, teacher, labels = logits_case(3, torch.float32)
     labels[2] = 3
-    loss, _ = ops.distill_loss_forward(student, teacher, labels, 10.0, 0.5, 0.5, False, backend)
+    loss, *_ = ops.distill_loss_forward(student, teacher, labels, 10.0, 0.5, 0.5, False, None, backend)
     assert torch.isnan(loss)
 
 
@@ -146,9 +146,10 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.hidden_loss_forward, (student, targets, row_mask, 3.0, backend))
     losses, factor = ops.hidden_loss_forward(student, targets, row_mask, 3.0, backend)
     torch.library.opcheck(ops.hidden_loss_backward, (losses, student, targets, row_mask, factor, True, True, backend))
-    torch.library.opcheck(ops.distill_loss_forward, (*logits_case(3, torch.float32), 10.0, 0.5, 0.5, False, backend))
+    logits = logits_case(3, torch.float32)
+    torch.library.opcheck(ops.distill_loss_forward, (*logits, 10.0, 0.5, 0.5, False, losses, backend))
     floats = torch.randn(4, 1)
-    arguments = (floats, floats + 1, torch.rand(4), 10.0, 0.5, 0.5, True, backend)
+    arguments = (floats, floats + 1, torch.rand(4), 10.0, 0.5, 0.5, True, None, backend)
     torch.library.opcheck(ops.distill_loss_forward, arguments)
 
 

@@ -47,11 +47,12 @@ def run_chain(forward: str, backward: str, keep: str = "gates") -> Counts:
     tile = launch.INTERPRETED.gemm
     settings = launch.ChainLaunch(forward, backward, tile, tile, launch.TileLaunch(8, 32, 1), multiprocessors=48)
     hidden, student, (weight, *rest), where = operands(CASE, CASE.build(torch.bfloat16))
-    parameters = (weight.bfloat16(), *rest)
     with launch.forced(settings), concurrent_programs():
-        out = chain.forward(hidden, student, list(CASE.wanted), *parameters, *where, 1e-5, 1.0, keep)
+        out = chain.forward(
+            hidden, student, list(CASE.wanted), weight, *rest, *where, 1e-5, torch.bfloat16, 1.0, keep
+        )  # fmt: skip
         chain.backward(
-            [], out.losses, out.factor, hidden, student, list(CASE.wanted), *parameters, out.states, out.gates,
+            [], out.losses, out.factor, hidden, student, list(CASE.wanted), out.weight, *rest, out.states, out.gates,
             out.mean, out.rstd, *where, True, False, True,
         )  # fmt: skip
     tokens, width = hidden[0].shape
@@ -79,7 +80,7 @@ STEPS = {
         "backward, product": {"backward, product": GATES, "backward, gates again": GATES, GRADIENT: 2},
     },
     ("persistent", "persistent", "gates"): {
-        "forward, both in one": {"forward, both in one": GATES, LOSS: 2},
+        "forward, both in one": {"forward, both in one": GATES, LOSS: 2, "forward, weights cast": GATES},
         "backward, all": {
             "backward, product": GATES, "backward, gate": GATES, "backward, sums": GATES, GRADIENT: 2,
         },
@@ -124,24 +125,25 @@ def test_a_state_is_read_once_a_pass(form, traffic):
 
 def test_losses_move_what_is_counted():
     """The hidden loss alone: 2 states in; in backward 2 in and 2 out. The logit loss: each logit twice, once out; with
-    scores for labels: three numbers an example in, two out."""
+    scores for labels: three numbers an example in, two out. Examples' losses are read again, and the hidden losses."""
     states = [torch.randn(100, 96) for _ in range(2)]
     counts = Counts(100, 100, 96, 4, 4, launch.INTERPRETED.gemm, launch.INTERPRETED.gate, 1)
     with counted_traffic() as found:
         losses, factor = hidden_loss.hidden_loss_forward(states[:1], states[1:], None, 1.0)
         hidden_loss.hidden_loss_backward(losses, states[:1], states[1:], None, factor, True, True)
         logits, labels = torch.randn(2, 9, 5), torch.zeros(9, dtype=torch.int64)
-        logit_loss.distill_loss_forward(*logits, labels, 10.0, 0.5, 0.5, False)
-        logit_loss.distill_loss_forward(*logits[:, :, :1], labels.float(), 10.0, 0.5, 0.5, True)
+        logit_loss.distill_loss_forward(*logits, labels, 10.0, 0.5, 0.5, False, torch.ones(4))
+        logit_loss.distill_loss_forward(*logits[:, :, :1], labels.float(), 10.0, 0.5, 0.5, True, None)
     kernels = ("hidden_loss_fwd", "hidden_loss_bwd", "logit_loss", "regression_loss")
     forward, backward, logit, regression = (found[f"_{name}_kernel"] for name in kernels)
     for name, kernel in zip(ALONE, (forward, backward), strict=True):
         loads, stores = counts.bytes(name)
         assert kernel.loaded.total() == pytest.approx(loads, rel=0.01)
         assert kernel.stored.total() == pytest.approx(stores, abs=4 * 100)  # forward's partial sums
-    assert logit.loaded.total() == 4 * logits[0].nbytes + labels.nbytes
-    assert logit.stored.total() == logits[0].nbytes + 4 * 9
-    assert (regression.loaded.total(), regression.stored.total()) == (3 * 9 * 4, 2 * 9 * 4)
+    # Besides: the counter, once a program, and its zero; and the sums, three or one.
+    assert logit.loaded.total() == 4 * logits[0].nbytes + labels.nbytes + 2 * 4 * 9 + 4 * 4
+    assert logit.stored.total() == logits[0].nbytes + 2 * 4 * 9 + 4 * 4
+    assert (regression.loaded.total(), regression.stored.total()) == (4 * 9 * 4 + 4, 2 * 9 * 4 + 3 * 4)
 
 
 def test_every_formula_is_held_to_a_kernel():
