@@ -50,7 +50,7 @@ SHEETS = {
 }
 
 
-H200 = launch.Device("NVIDIA H200", "sm_90", multiprocessors=132, cooperative=True, shared_memory=227 * 1024)
+H200 = launch.Device("NVIDIA H200", "sm_90", multiprocessors=132, shared_memory=227 * 1024)
 
 
 def gate_flops(tokens: int, hidden_size: int, layers: int) -> int:

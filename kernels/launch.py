@@ -71,7 +71,6 @@ class Device:
     name: str
     architecture: str
     multiprocessors: int
-    cooperative: bool  # whether programs of one launch may wait for one another
     shared_memory: int  # bytes that one block may use
     registers: int = 65536  # of a multiprocessor, 32 bits each
 
@@ -111,7 +110,7 @@ GEMM = {
     ("gfx942", "tf32"): (GemmLaunch(64, 64, 32, 4, 2, 1),),
     ("gfx942", "ieee"): (GemmLaunch(64, 64, 32, 4, 2, 1),),
 }
-# Forms of :class:`ChainLaunch`; where programs cannot wait for one another, the first alone.
+# Forms of :class:`ChainLaunch`.
 FORMS = {"forward": ("triton", "cublas", "persistent"), "backward": ("triton", "persistent")}
 EPILOGUE = GemmLaunch(8, 256, 16, 4, 1, 2)
 GATE_BACKWARD = TileLaunch(rows=8, columns=256, num_warps=8)
@@ -218,8 +217,7 @@ def heuristic(device: Device, size: Size) -> ChainLaunch:
     tiles = [tile for tile in tiles if _fits(device, size.kind, tile)] or tiles[-1:]
     count = lambda tile: -(-size.tokens // tile.block_m) * -(-size.hidden_size // tile.block_n)  # noqa: E731
     tile = next((tile for tile in tiles if count(tile) >= device.multiprocessors), tiles[-1])
-    form = "persistent" if device.cooperative else "triton"
-    return settings(form, form, tile, device.multiprocessors)
+    return settings("persistent", "persistent", tile, device.multiprocessors)
 
 
 def candidates(device: Device, kind: str) -> list[ChainLaunch]:
@@ -229,10 +227,9 @@ def candidates(device: Device, kind: str) -> list[ChainLaunch]:
         replace(tile, num_stages=stages, num_warps=tile.num_warps // blocks, blocks_per_sm=blocks)
         for tile, blocks, stages in itertools.product(GEMM[device.architecture, kind], (1, 2), (2, 3, 4))
     ]
-    forms = [forms if device.cooperative else forms[:1] for forms in FORMS.values()]
     return [
         settings(forward, backward, tile, device.multiprocessors)
-        for tile, forward, backward in itertools.product(tiles, *forms)
+        for tile, forward, backward in itertools.product(tiles, *FORMS.values())
         if _fits(device, kind, tile)
     ]
 
@@ -306,12 +303,12 @@ def gpu(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     registers = getattr(properties, "regs_per_multiprocessor", Device.registers)
     common = {"name": properties.name, "multiprocessors": properties.multi_processor_count, "registers": registers}
-    if torch.version.hip:  # programs that wait for others have never run on one: not by themselves
-        return Device(**common, architecture="gfx942", cooperative=False, shared_memory=64 * 1024)
+    if torch.version.hip:
+        return Device(**common, architecture="gfx942", shared_memory=64 * 1024)
     # Without the property, what every GPU from 8.0 on has.
     shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
     architecture = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-    return Device(**common, architecture=architecture, cooperative=True, shared_memory=shared_memory)
+    return Device(**common, architecture=architecture, shared_memory=shared_memory)
 
 
 _forced: ChainLaunch | None = None  # one for all threads: backward runs in autograd's
@@ -373,11 +370,11 @@ def cooperative(tile: GemmLaunch | None) -> dict[str, int]:
     None.
 
     Where several blocks share a multiprocessor, a thread may have what registers they leave it: the compiler would
-    rather spill a few for one block more.
+    rather spill a few for one block more. AMD's knows no such limit.
     """
     if tile is None:
         return {}
-    if tile.blocks_per_sm == 1:
+    if tile.blocks_per_sm == 1 or torch.version.hip:
         return {"launch_cooperative_grid": True}
     registers = 64 * 1024 // (32 * tile.num_warps * tile.blocks_per_sm) // 8 * 8
     return {"launch_cooperative_grid": True, "maxnreg": min(registers, 255)}

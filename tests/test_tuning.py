@@ -19,7 +19,7 @@ from interpreting import concurrent_programs
 from lad_fast.kernels import chain
 
 # Shared memory for two stages of the only tile, so that the forms alone are left to choose: six.
-GPU = Device("Small GPU", "sm_90", multiprocessors=4, cooperative=True, shared_memory=12 * 1024)
+GPU = Device("Small GPU", "sm_90", multiprocessors=4, shared_memory=12 * 1024)
 SIZE = Size("ieee", 32, 32, "sequence")
 REMEMBERED = (launch.tuned, launch.choose)
 interpreted = pytest.mark.skipif(not launch.interpreted(), reason="Triton's kernels do not run in the interpreter")

@@ -18,11 +18,11 @@ from lad_fast.kernels.launch import Device, Size, candidates, choose, heuristic
 
 triton = pytest.importorskip("triton")
 KIB = 1024
-H200 = Device("NVIDIA H200", "sm_90", 132, True, 227 * KIB)
-A100 = Device("NVIDIA A100-SXM4-80GB", "sm_80", 108, True, 163 * KIB)
-RTX = Device("NVIDIA GeForce RTX 4070", "sm_80", 46, True, 99 * KIB)
-B200 = Device("NVIDIA B200", "sm_100", 148, True, 227 * KIB)
-MI300 = Device("AMD Instinct MI300X", "gfx942", 304, False, 64 * KIB, registers=131072)
+H200 = Device("NVIDIA H200", "sm_90", 132, 227 * KIB)
+A100 = Device("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 * KIB)
+RTX = Device("NVIDIA GeForce RTX 4070", "sm_80", 46, 99 * KIB)
+B200 = Device("NVIDIA B200", "sm_100", 148, 227 * KIB)
+MI300 = Device("AMD Instinct MI300X", "gfx942", 304, 64 * KIB, registers=131072)
 GPUS = (H200, A100, RTX, B200, MI300)
 SIZE = Size("half", 4096, 768, "sequence")
 
@@ -76,8 +76,7 @@ def test_the_heuristic_takes_the_largest_tile_that_fits_and_still_fills_the_gpu(
     choice = heuristic(device, Size(kind, tokens, hidden_size, "token"))
     assert (choice.gemm.block_m, choice.gemm.block_n, choice.gemm.block_k) == tile
     assert choice.multiprocessors == device.multiprocessors
-    form = "persistent" if device.cooperative else "triton"
-    assert (choice.forward, choice.backward) == (form, form)
+    assert (choice.forward, choice.backward) == ("persistent", "persistent")
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
@@ -88,7 +87,7 @@ def test_what_may_be_measured(device, kind):
     assert set(launch.GEMM[device.architecture, kind]) <= {choice.gemm for choice in found}
     assert all(heuristic(device, Size(kind, t, 768, "token")) in found for t in (256, 16384))
     forms = {(choice.forward, choice.backward) for choice in found}
-    assert len(forms) == 6 if device.cooperative else forms == {("triton", "triton")}
+    assert len(forms) == 6
     assert len({choice.gemm.num_stages for choice in found}) > 1
     # A thread may take 256 registers, and programs that wait need all blocks at once.
     assert all(c.gemm.blocks_per_sm * c.gemm.num_warps * 32 * 256 <= device.registers for c in found)
@@ -189,13 +188,6 @@ def test_a_row_that_this_version_cannot_launch_costs_a_warning(change, cache):
     assert_one_warning(cache, str(SIZE), "tune")
 
 
-def test_a_device_whose_programs_cannot_wait_takes_no_form_that_waits(cache):
-    row = asdict(other_than_the_heuristic(MI300)) | {"forward": "persistent"}
-    write(cache, row, MI300)
-    with pytest.warns(UserWarning, match=MI300.name):
-        assert choose(MI300, SIZE) == heuristic(MI300, SIZE)
-
-
 def test_choosing_measures_and_launches_nothing(no_interpreter, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("measured")
@@ -247,7 +239,7 @@ def test_what_is_read_of_a_gpu(properties, hip, architecture, shared_memory, reg
     found = SimpleNamespace(**PROPERTIES | properties)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.version, "hip", hip)
-    expected = Device("GPU", architecture, 132, hip is None, shared_memory, registers)
+    expected = Device("GPU", architecture, 132, shared_memory, registers)
     assert launch.gpu(torch.device("cuda", 0)) == expected
 
 
