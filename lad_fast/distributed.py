@@ -5,8 +5,10 @@ Each process holds the whole model and takes its part of every batch. Gradients 
 how they agree.
 """
 
+import gc
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ __all__ = ["ALONE", "World", "current_world", "is_launched", "joined", "rank"]
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 _TIMEOUT = timedelta(minutes=30)  # a process that ends is noticed at once; this is for one that hangs, or downloads
 _START_TIMEOUT = timedelta(minutes=5)  # until all have started
+_GRACE_SECONDS = 3
 
 
 class Agreement:
@@ -46,6 +49,12 @@ class Agreement:
             numbers = torch.tensor(number)
             self._pending = dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group, async_op=True), numbers
         return told
+
+    def finish(self) -> None:
+        """Wait for what is under way: a group must not go with work left in it."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,15 @@ class World:
         return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
     def agreement(self) -> Agreement:
-        return Agreement(self.control)
+        result = Agreement(self.control)
+        if self.size > 1:
+            _agreements.append(result)
+        return result
 
 
 ALONE = World()
 _world = ALONE
+_agreements: list[Agreement] = []  # of the run under way
 
 
 def current_world() -> World:
@@ -153,7 +166,7 @@ def joined(train: Callable) -> Callable:
     A group that is made for the call is destroyed after it, also where it fails.
 
     Raises:
-        ConnectionError: another process has ended.
+        ConnectionError: another process has ended, or not answered for 30 minutes.
         ValueError: ``config.device`` names one GPU for several processes, or there are fewer GPUs than processes.
     """
 
@@ -182,15 +195,21 @@ def _entered(device: str) -> Iterator[None]:
     has_failed = True
     try:
         yield
+        for agreement in _agreements:
+            agreement.finish()
         has_failed = False
     except Exception as error:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            reason = _first_line(error)
-            raise ConnectionError(f"another process has ended, and its message says why ({reason})") from error
+            if is_launched():
+                # torchrun, once it sees the other's end, ends this process too: the other's message is then the last.
+                time.sleep(_GRACE_SECONDS)
+            raise ConnectionError(f"another process has ended or does not answer ({_first_line(error)})") from error
         _tell_launcher(error)
         raise
     finally:
         _world = ALONE
+        _agreements.clear()
+        gc.collect()  # of the step and DistributedDataParallel, which refer to each other, and to the group
         if is_given:
             dist.destroy_process_group(control)
         elif has_failed and on_gpu:

@@ -259,21 +259,26 @@ class DistillStep:
 
     def _distributed(self, batch: Prepared) -> DistributedDataParallel:
         trained = [self.student, *([self.objective] if self.uses_hidden_states else [])]
-        # It must be told of parameters that take no part in the losses, as gates may; looking for them costs time and a
-        # warning in each process, so one batch tells.
-        device = self.student.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._losses(batch)[0]["loss"].backward()
-        parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
-        has_unused = any(parameter.grad is None for parameter in parameters)
-        self.optimizer.zero_grad()
         # No buffer changes in training; PyTorch 2.13 renames the option that says so.
         names = inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        return DistributedDataParallel(
-            _Forward(self._losses, trained),
-            process_group=self.world.group, find_unused_parameters=has_unused, **buffers,
-        )  # fmt: skip
+        device = self.student.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # It must be told of parameters that take no part in the losses, as gates may; looking for them costs time
+            # and a warning in each process, so one batch tells.
+            self._losses(batch)[0]["loss"].backward()
+            parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
+            has_unused = any(parameter.grad is None for parameter in parameters)
+            self.optimizer.zero_grad()
+            result = DistributedDataParallel(
+                _Forward(self._losses, trained),
+                process_group=self.world.group, find_unused_parameters=has_unused, **buffers,
+            )  # fmt: skip
+            # After its first backward it lays gradients out anew, which changes the order of sums among three or more:
+            # were that a step, a resumed run would not go on to the bit.
+            result(batch)[0]["loss"].backward()
+            self.optimizer.zero_grad()
+        return result
 
     def _own_terms(self, losses: dict[str, Tensor], batch: Prepared) -> dict[str, Tensor]:
         """What this process's part adds to the whole batch's means."""

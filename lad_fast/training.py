@@ -166,7 +166,7 @@ class DistillConfig(TrainingConfig):
     """Of the objective; None takes triton on a GPU, torch elsewhere."""
     teacher_cache: Literal["auto", "gpu", "cpu", "disk", "off"] = "auto"
     """Where to keep the teacher's outputs, so that epochs after the first run no teacher. auto takes the first of
-    the three with room, or off for a run of one epoch."""
+    the three with room, or off for a run of one epoch. Of several processes each keeps them all."""
 
 
 @dataclass
