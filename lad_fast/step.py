@@ -86,9 +86,10 @@ class DistillStep:
         optimizer: "torch" or "apex"; see :func:`lad_fast.optimizers.make_adamw`.
         teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
         cuda_graphs: capture forward and backward of each shape of padded batch that comes again, and replay them.
-        world: processes that take this step together, each on its part of the batches: gradients meet in
-            DistributedDataParallel. Every mean of a loss is over the whole batch, that of a masked hidden loss over
-            the real tokens of all its parts, so that many processes do what one does with their batches joined.
+        world: processes that take this step together, each on its part of the batches, as
+            :class:`~lad_fast.data.Batches` gives them: gradients meet in DistributedDataParallel. Every mean of a loss
+            is over the whole batch, that of a masked hidden loss over the real tokens of all its parts, so that many
+            processes do what one does with their batches joined.
 
     Attributes:
         grad_norms: of the last step before clipping, on the device: "student" () and, with gates, "gates" (L-1,).
@@ -189,7 +190,13 @@ class DistillStep:
         return totals
 
     def prepare(self, batch: dict[str, Tensor]) -> Prepared:
-        """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's."""
+        """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's.
+
+        Raises:
+            ValueError: several processes, and a batch that does not say what part of it this process has.
+        """
+        if self.world.size > 1 and "counts" not in batch:
+            raise ValueError("batch has no 'counts'; several processes take those of Batches with part and parts")
         inputs, mask = model_inputs(self.student, batch)
         cache, index = self.teacher_cache, batch.get("index")
         teacher = None

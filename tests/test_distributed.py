@@ -150,15 +150,18 @@ def work(jobs, folder):
             assert not dist.is_initialized(), "... or with its failure"
 
 
-def torchrun(*arguments, timeout=120, **environment):
-    """Two processes; what torchrun returned, and how long it took."""
-    start = time.monotonic()
-    done = subprocess.run(
-        [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", "--standalone", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", **environment},
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    return done, time.monotonic() - start
+def torchrun(*arguments):
+    """Two processes; what torchrun printed and returned."""
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", "--standalone", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            output = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and so its processes, which a kill would leave behind
+            pytest.fail(f"hangs: {process.communicate()}")
+        return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 def launch(folder, *jobs):
@@ -171,7 +174,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "in use").mkdir()
     with own_folder(folder / "in use"):
-        done, _ = launch(folder, *CASES, "not finite", "unlike", "in use", "undisturbed", "given group", "finished")
+        done = launch(folder, *CASES, "not finite", "unlike", "in use", "undisturbed", "given group", "finished")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -231,25 +234,23 @@ def outcome(folder):
 @pytest.mark.slow
 def test_killed_and_stopped_it_goes_on_to_the_bit(tmp_path, pair):
     """Dropout draws from each process's own generator. SIGKILL ends one process, SIGTERM comes to torchrun."""
-    killed, seconds = launch(tmp_path, "killed")
+    killed = launch(tmp_path, "killed")
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL)" in killed.stderr
-    assert seconds < 60
     folder = tmp_path / "disturbed"
     assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-5"]
     with pytest.raises(ValueError, match="of another run: batch_size was 4 and is 8, processes was 2 and is 1"):
         train(folder, 1, **DISTURBED)
 
-    stopped, seconds = launch(tmp_path, "stopped")  # by a signal to torchrun, which passes it on
+    stopped = launch(tmp_path, "stopped")  # by a signal to torchrun, which passes it on
     assert stopped.returncode != 0
     assert f"{folder}: going on from {folder}/checkpoints/step-5" in stopped.stderr
     assert "Interrupted: stopped by SIGTERM after step" in stopped.stderr
-    assert seconds < 60
     assert not (folder / "results.json").exists()
     newest = max(int(path.name[5:]) for path in folder.glob("checkpoints/step-*"))
     assert newest % 5 != 0, "the signal's own checkpoint"
 
-    done, _ = launch(tmp_path, "disturbed")
+    done = launch(tmp_path, "disturbed")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("going on from") == 1, "the first process alone tells"
     assert outcome(folder) == outcome(pair / "undisturbed")
@@ -259,13 +260,12 @@ def test_killed_and_stopped_it_goes_on_to_the_bit(tmp_path, pair):
 
 @pytest.mark.slow
 def test_a_failing_process_ends_all_with_its_message(tmp_path):
-    done, seconds = launch(tmp_path, "failing")
+    done = launch(tmp_path, "failing")
     assert done.returncode != 0
     assert "RuntimeError: out of luck" in done.stderr
     cause = done.stderr[done.stderr.index("Root Cause") :]
     assert "(local_rank: 1)" in cause
     assert "out of luck" in cause
-    assert seconds < 60
 
 
 def test_the_first_process_alone_writes(pair):
@@ -325,7 +325,7 @@ def command(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_line(command, tmp_path, capsys):
     argv, folder = command
-    done, _ = torchrun("-m", "lad_fast", *argv, "--batch-size", "4", "--output-dir", tmp_path / "two")
+    done = torchrun("-m", "lad_fast", *argv, "--batch-size", "4", "--output-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy") == 1, "a table of the first process"
     assert len(list((folder / "cache").iterdir())) == 2
@@ -338,11 +338,10 @@ def test_the_command_line(command, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_folder_in_use_ends_the_command(command, tmp_path):
     with own_folder(tmp_path):
-        done, seconds = torchrun("-m", "lad_fast", *command[0], "--output-dir", tmp_path)
+        done = torchrun("-m", "lad_fast", *command[0], "--output-dir", tmp_path)
     assert done.returncode != 0
     assert f"error: output_dir is {tmp_path}; another run is writing there" in done.stderr
     assert "lad-fast: process " in done.stderr
-    assert seconds < 60
 
 
 def test_other_commands_take_one_process(monkeypatch, capsys):
@@ -373,11 +372,21 @@ def test_parts_make_the_batch(padding):
         Batches(data, 8, 0, shuffle=False, part=2, parts=2)
 
 
-def test_graphs_take_one_process():
+def test_what_several_processes_do_not_take(tmp_path, monkeypatch):
+    options = {"learning_rate": 1e-3, "total_steps": 1, "warmup_steps": 1, "world": World(size=2)}
     with pytest.raises(ValueError, match="cuda_graphs takes one process"):
-        DistillStep(
-            bert(2, 0, 0.0, 2), learning_rate=1e-3, total_steps=1, warmup_steps=1, cuda_graphs=True, world=World(size=2)
-        )
+        DistillStep(bert(2, 0, 0.0, 2), cuda_graphs=True, **options)
+    (whole,) = Batches(split("train", 4, MRPC), 4, 0, shuffle=False)
+    with pytest.raises(ValueError, match="batch has no 'counts'; several processes take those of Batches with part"):
+        DistillStep(bert(2, 0, 0.0, 2), **options)(whole)
+
+    launched = {"RANK": "1", "LOCAL_RANK": "99", "WORLD_SIZE": "100", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="device is 'cuda:0'; several processes take auto, cpu or cuda"):
+        train(tmp_path, 1, device="cuda:0")
+    with pytest.raises(ValueError, match="device is 'cuda'; process 99 of this machine has no GPU: there are"):
+        train(tmp_path, 1, device="cuda")
 
 
 if __name__ == "__main__":
