@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1  # to be raised when older checkpoints can no longer be read
+_FORMAT = 2  # to be raised when older checkpoints can no longer be read
 _TENSORS, _STATE, _RUN_LOG, _MANIFEST = "tensors.safetensors", "state.json", "log.jsonl", "manifest.json"
 
 
@@ -68,7 +68,13 @@ class StopSignals:
     """While it is entered, SIGINT and SIGTERM only leave word; a second one does what it did before.
 
     One that nothing was stopped for is raised again at the end.
+
+    Args:
+        agree: makes one number for all processes of the run from each one's: a signal's, or 0.
     """
+
+    def __init__(self, agree: Callable[[int], int] = int) -> None:
+        self._agree = agree
 
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None
@@ -92,8 +98,8 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if there has been a signal."""
-        if self.received is not None:
-            raise Interrupted(self.received)
+        if number := self._agree(self.received or 0):
+            raise Interrupted(number)
 
     def watch(self, items: Iterable) -> Iterator:
         """The items, with a check before each."""
@@ -109,16 +115,24 @@ class Checkpoints:
         folder: the run's; they lie in ``checkpoints`` in it.
         limit: how many to keep, the newest.
         every_steps, every_minutes: when :meth:`is_due`; no steps, time alone.
+        agree: makes one answer for all processes of the run from each one's, as to whether its minutes have passed.
     """
 
-    def __init__(self, folder: Path, limit: int = 1, every_steps: int | None = None, every_minutes: float = 10) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit: int = 1,
+        every_steps: int | None = None,
+        every_minutes: float = 10,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
         self.run_folder, self.folder, self.limit = folder, folder / "checkpoints", limit
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
-        self._saved_at = time.monotonic()
+        self._saved_at, self._agree = time.monotonic(), agree
 
     def is_due(self, step: int) -> bool:
         by_steps = self._every_steps is not None and step % self._every_steps == 0
-        return by_steps or time.monotonic() - self._saved_at >= self._every_seconds
+        return by_steps or bool(self._agree(time.monotonic() - self._saved_at >= self._every_seconds))
 
     def save(self, step: int, state: dict, log: Path) -> Path:
         """Write a checkpoint, then drop those that are too many, or of later steps than this one.

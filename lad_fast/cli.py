@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Union
 import torch
 import tyro
 
-from lad_fast import training, tuning
+from lad_fast import distributed, training, tuning
 from lad_fast.checkpoint import Interrupted
 from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
@@ -118,19 +118,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(sys.argv[1:] if argv is None else argv)
         if command is None:
             return 0
-        return COMMANDS[type(command)].run(command)
+        name, run = COMMANDS[type(command)].name, COMMANDS[type(command)].run
+        if distributed.is_launched() and type(command) not in (FinetuneCommand, DistillCommand):
+            raise ValueError(f"{name} takes one process; torchrun is for finetune and distill")
+        return run(command)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {' '.join(str(error).split())}")
         return 2
     except FloatingPointError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 1
     except Interrupted as stop:
-        print(f"{PROGRAM}: {stop}", file=sys.stderr)
+        if not distributed.rank():
+            _tell(str(stop))
         return 128 + stop.signal
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped", file=sys.stderr)
         return 130
+
+
+def _tell(text: str) -> None:
+    """One line on stderr. Of several processes each tells, since the first to end may be the end of all."""
+    number = distributed.rank()
+    print(f"{PROGRAM}: {'' if number is None else f'process {number}: '}{text}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str]):
@@ -196,6 +206,8 @@ def run_demo(config: DemoConfig) -> int:
 
 def run_training(train: Callable[..., TrainingResult], config: FinetuneConfig | DistillConfig) -> int:
     result = train(config)
+    if distributed.rank():
+        return 0
     rows = _metric_rows(result.best_metrics)
     print(format_table(("split", "metric", "best"), rows))
     print(

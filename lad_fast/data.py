@@ -226,10 +226,13 @@ class Batches:
     scores, if known; ``ids`` (B,) int64, the examples' numbers; ``index`` (B,) int64, their places in the split.
     Packed, the B examples' T tokens stand end to end: ``input_ids``, ``position_ids`` (from 0 in each example)
     and ``token_type_ids`` are (1, T) int64, and ``lengths`` (B,) int64 takes the mask's place.
+    Of several ``parts`` each process takes its own: every so manyth of a batch's examples, padded as wide as the whole
+    batch would be, with ``counts`` (2, 2) int64: examples and real tokens of the part, then of the whole batch. A
+    batch of fewer examples than parts leaves parts without; there its first one stands in, and counts 0 examples.
 
     Args:
         split: a tokenised split.
-        batch_size: examples B of a batch; the last of an epoch's cuts may have fewer.
+        batch_size: examples B of a batch, all parts together; the last of an epoch's cuts may have fewer.
         pad_token_id: the tokenizer's.
         shuffle: a new order each epoch.
         seed: of the order, at least 0.
@@ -241,10 +244,11 @@ class Batches:
         group_by_length: batch examples of like length together.
         drop_last: leave out the examples (other ones each epoch if shuffled) that fill no whole batch.
         pin_memory: put tensors in page-locked memory, from which copies to a GPU run asynchronously.
+        part, parts: of every batch give this part (from 0) of so many; B is then the part's examples.
 
     Attributes:
-        num_examples: examples of an epoch.
-        num_tokens: real (not padding) tokens of the current epoch.
+        num_examples: examples of an epoch, of all parts.
+        num_tokens: real (not padding) tokens of the current epoch, of all parts.
 
     Raises:
         ValueError: an argument outside what it takes, a split shorter than one batch with ``drop_last``, or
@@ -265,12 +269,16 @@ class Batches:
         group_by_length: bool = True,
         drop_last: bool = False,
         pin_memory: bool = False,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         integers = {
             "batch_size": (batch_size, 1),
             "pad_token_id": (pad_token_id, 0),
             "seed": (seed, 0),
             "pad_to_multiple_of": (pad_to_multiple_of, 1),
+            "part": (part, 0),
+            "parts": (parts, part + 1),
         }
         if padding not in ("longest", "packed", "max_length"):
             raise ValueError(f"padding is {padding!r}; it takes 'longest', 'packed' or 'max_length'")
@@ -294,6 +302,7 @@ class Batches:
         self._padding, self._max_length, self._multiple = padding, max_length, pad_to_multiple_of
         self._group = group_by_length and padding != "max_length"
         self._pin_memory = pin_memory
+        self._part, self._parts = part, parts
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -328,12 +337,14 @@ class Batches:
             batch = self._batch(rows)
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
-    def _batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def _batch(self, whole: np.ndarray) -> dict[str, torch.Tensor]:
+        own = whole[self._part :: self._parts]  # where examples stand by length, equal work for every part
+        rows = own if len(own) else whole[:1]
         lengths = self._lengths[rows]
         if self._padding == "max_length":
             width = self._max_length
         else:
-            width = -(-int(lengths.max()) // self._multiple) * self._multiple
+            width = -(-int(self._lengths[whole].max()) // self._multiple) * self._multiple
             width = min(width, self._max_length or width)
         columns = np.arange(width)
         real = columns < lengths[:, None]
@@ -359,6 +370,9 @@ class Batches:
             batch["labels"] = torch.from_numpy(self.split.labels[rows])
         batch["ids"] = torch.from_numpy(self.split.ids[rows])
         batch["index"] = torch.from_numpy(rows)
+        if self._parts > 1:
+            counts = [[len(part), self._lengths[part].sum()] for part in (own, whole)]
+            batch["counts"] = torch.tensor(counts, dtype=torch.int64)
         return batch
 
 

@@ -39,7 +39,7 @@ class StepGraphs:
         """What ``run`` returns for the batch, valid until the next call; None where it is not replayed."""
         if "packing" in batch.inputs:  # its number of tokens hardly comes twice
             return None
-        batch = batch._replace(index=None, num_tokens=0)  # of no use on the device
+        batch = batch._replace(index=None, part=None)  # of no use on the device
         leaves, structure = pytree.tree_flatten(batch)
         key = (str(structure), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
         if key not in self._graphs:

@@ -6,17 +6,22 @@ batch ─┬─ student ──────────────────�
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from lad_fast.data import num_tokens
+from lad_fast.distributed import ALONE, World
 from lad_fast.gates import GateStack
 from lad_fast.graphs import StepGraphs
 from lad_fast.models import model_inputs, run_model
@@ -27,6 +32,16 @@ from lad_fast.teacher_cache import TeacherCache
 __all__ = ["HALF", "DistillStep", "Prepared", "autocast", "clip_each_gate_", "prepare_ahead"]
 
 HALF = ("bfloat16", "float16")  # the precisions that run under autocast
+
+
+class Part(NamedTuple):
+    """How much of a batch this process has; the whole of one where it is alone."""
+
+    examples: int
+    tokens: int
+    """Real ones."""
+    all_examples: int
+    all_tokens: int
 
 
 class Prepared(NamedTuple):
@@ -42,8 +57,8 @@ class Prepared(NamedTuple):
     """The teacher's logits and hidden states, where a cache holds them."""
     index: Tensor | None
     """(B,) on the CPU: the examples' places in the split."""
-    num_tokens: int
-    """Real ones."""
+    part: Part
+    """Of several processes' batch."""
 
 
 class DistillStep:
@@ -71,12 +86,17 @@ class DistillStep:
         optimizer: "torch" or "apex"; see :func:`lad_fast.optimizers.make_adamw`.
         teacher_cache: keeps the teacher's outputs; batches it holds are not run through the teacher again.
         cuda_graphs: capture forward and backward of each shape of padded batch that comes again, and replay them.
+        world: processes that take this step together, each on its part of the batches, as
+            :class:`~lad_fast.data.Batches` gives them: gradients meet in DistributedDataParallel. Every mean of a loss
+            is over the whole batch, that of a masked hidden loss over the real tokens of all its parts, so that many
+            processes do what one does with their batches joined.
 
     Attributes:
         grad_norms: of the last step before clipping, on the device: "student" () and, with gates, "gates" (L-1,).
 
     Raises:
-        ValueError: a teacher without an objective or the other way round; graphs without a GPU.
+        ValueError: a teacher without an objective or the other way round; graphs without a GPU, or with several
+            processes.
     """
 
     def __init__(
@@ -96,9 +116,12 @@ class DistillStep:
         optimizer: str = "torch",
         teacher_cache: TeacherCache | None = None,
         cuda_graphs: bool = False,
+        world: World = ALONE,
     ) -> None:
         if (teacher is None) != (objective is None):
             raise ValueError("teacher and objective go together; pass both or neither")
+        if cuda_graphs and world.size > 1:
+            raise ValueError("cuda_graphs takes one process; a captured step does not wait for other processes")
         self.student, self.teacher, self.objective = student.train(), teacher, objective
         self.teacher_cache = teacher_cache
         if teacher is not None:
@@ -130,6 +153,8 @@ class DistillStep:
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
         self.graphs = StepGraphs(self._run, self._zero_grad, student.device) if cuda_graphs else None
         self.grad_norms: dict[str, Tensor] = {}
+        self.world = world
+        self._forward: DistributedDataParallel | None = None
 
     def __call__(self, *batches: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
         """One optimizer step over one batch, or over several whose gradients accumulate.
@@ -143,16 +168,17 @@ class DistillStep:
             Mean losses by name, detached and on the device: reading them is the caller's wait.
         """
         batches = [batch if isinstance(batch, Prepared) else self.prepare(batch) for batch in batches]
-        num_examples = sum(len(batch.labels) for batch in batches)
+        num_examples = sum(batch.part.all_examples for batch in batches)
         totals: dict[str, Tensor] = {}
         for batch in batches:
-            share = len(batch.labels) / num_examples
+            share = batch.part.all_examples / num_examples
             graphed = self.graphs(batch) if self.graphs is not None and share == 1 else None
-            losses, teacher = graphed or self._run(batch, share)
+            losses, teacher = graphed or self._run(batch, share, is_last=batch is batches[-1])
             if self.teacher_cache is not None and batch.teacher is None:
                 self.teacher_cache.write(batch.index, *teacher)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value * share
+        totals = self._summed(totals)
         self.scaler.unscale_(self.optimizer)
         self.grad_norms = {"student": nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)}
         if self.gates is not None:
@@ -164,14 +190,22 @@ class DistillStep:
         return totals
 
     def prepare(self, batch: dict[str, Tensor]) -> Prepared:
-        """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's."""
+        """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's.
+
+        Raises:
+            ValueError: several processes, and a batch that does not say what part of it this process has.
+        """
+        if self.world.size > 1 and "counts" not in batch:
+            raise ValueError("batch has no 'counts'; several processes take those of Batches with part and parts")
         inputs, mask = model_inputs(self.student, batch)
         cache, index = self.teacher_cache, batch.get("index")
         teacher = None
         if cache is not None and cache.holds(index):
             teacher = cache.read(index, None if "packing" in inputs else inputs["input_ids"].shape[1])
         labels = batch["labels"].to(self.student.device, non_blocking=True)
-        return Prepared(inputs, mask, labels, teacher, index, num_tokens(batch))
+        own = len(labels), num_tokens(batch)
+        counts = batch["counts"].flatten().tolist() if "counts" in batch else (*own, *own)
+        return Prepared(inputs, mask, labels, teacher, index, Part(*counts))
 
     @torch.no_grad()
     def fill_cache(self, batch: dict[str, Tensor]) -> None:
@@ -210,11 +244,67 @@ class DistillStep:
         """
         return self._losses(batch if isinstance(batch, Prepared) else self.prepare(batch))[0]
 
-    def _run(self, batch: Prepared, share: float = 1.0) -> tuple[dict[str, Tensor], tuple | None]:
-        """Forward and backward: detached losses, and the teacher's logits and hidden states."""
-        losses, teacher = self._losses(batch)
-        self.scaler.scale(losses["loss"] * share).backward()
+    def _run(
+        self, batch: Prepared, share: float = 1.0, is_last: bool = True
+    ) -> tuple[dict[str, Tensor], tuple | None]:
+        """Forward and backward: detached losses, and the teacher's logits and hidden states.
+
+        Of several processes each gets its terms of the losses; gradients meet in the last of a step's backwards.
+        """
+        if self.world.size == 1:
+            losses, teacher = self._losses(batch)
+            self.scaler.scale(losses["loss"] * share).backward()
+        else:
+            if self._forward is None:
+                self._forward = self._distributed(batch)
+            with nullcontext() if is_last else self._forward.no_sync():
+                losses, teacher = self._forward(batch)
+                losses = self._own_terms(losses, batch)
+                # The processes' gradients are to be summed, and DistributedDataParallel takes their mean.
+                self.scaler.scale(losses["loss"] * (share * self.world.size)).backward()
         return {name: value.detach() for name, value in losses.items()}, teacher
+
+    def _distributed(self, batch: Prepared) -> DistributedDataParallel:
+        trained = [self.student, *([self.objective] if self.uses_hidden_states else [])]
+        # No buffer changes in training; PyTorch 2.13 renames the option that says so.
+        names = inspect.signature(DistributedDataParallel).parameters
+        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+        device = self.student.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # It must be told of parameters that take no part in the losses, as gates may; looking for them costs time
+            # and a warning in each process, so one batch tells.
+            self._losses(batch)[0]["loss"].backward()
+            parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
+            has_unused = any(parameter.grad is None for parameter in parameters)
+            self.optimizer.zero_grad()
+            result = DistributedDataParallel(
+                _Forward(self._losses, trained),
+                process_group=self.world.group, find_unused_parameters=has_unused, **buffers,
+            )  # fmt: skip
+            # After its first backward it lays gradients out anew, which changes the order of sums among three or more:
+            # were that a step, a resumed run would not go on to the bit.
+            result(batch)[0]["loss"].backward()
+            self.optimizer.zero_grad()
+        return result
+
+    def _own_terms(self, losses: dict[str, Tensor], batch: Prepared) -> dict[str, Tensor]:
+        """What this process's part adds to the whole batch's means."""
+        part, takes_real = batch.part, self.mask_padding or "packing" in batch.inputs
+        by_examples = part.examples / part.all_examples
+        weights = {name: by_examples for name in losses}
+        if self.uses_hidden_states and takes_real:
+            weights["hidden_loss"] = weights["hidden_losses"] = part.tokens / part.all_tokens
+        own = {name: value * weights[name] for name, value in losses.items()}
+        return own | ({"loss": own["hidden_loss"] + own["logits_loss"]} if self.uses_hidden_states else {})
+
+    def _summed(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every process's terms added up; one small message."""
+        if self.world.size == 1:
+            return terms
+        flat = torch.cat([value.reshape(-1) for value in terms.values()])
+        dist.all_reduce(flat, group=self.world.group)
+        sums = flat.split([value.numel() for value in terms.values()])
+        return {name: own.view(value.shape) for own, (name, value) in zip(sums, terms.items(), strict=True)}
 
     def _losses(self, batch: Prepared) -> tuple[dict[str, Tensor], tuple | None]:
         packing = batch.inputs.get("packing")
@@ -243,6 +333,14 @@ class DistillStep:
     def _zero_grad(self) -> None:
         # Graphs write where they wrote when they were captured.
         self.optimizer.zero_grad(set_to_none=self.graphs is None)
+
+
+class _Forward(nn.Module):
+    """All that is trained, with the one forward pass through it: what DistributedDataParallel takes."""
+
+    def __init__(self, forward: Callable, trained: list[nn.Module]) -> None:
+        super().__init__()
+        self.trained, self.forward = nn.ModuleList(trained), forward
 
 
 def prepare_ahead(

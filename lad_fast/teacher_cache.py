@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lad_fast.distributed import ALONE, World
+
 __all__ = ["TeacherCache", "choose_place"]
 
 PLACES = ("gpu", "cpu", "disk")
@@ -33,6 +35,7 @@ class TeacherCache:
         device: where training runs, and where :meth:`read` puts what it gives.
         place: "gpu" (the device), "cpu" (pinned where training runs on a GPU) or "disk".
         folder: for "disk"; the file in it has no name, so it is gone with the process, however that ends.
+        world: processes that share what they write; each keeps all of it.
 
     Attributes:
         nbytes: bytes of the hidden states.
@@ -53,8 +56,9 @@ class TeacherCache:
         device: torch.device | str,
         place: str,
         folder: str | Path | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.device, self.place, self.dtype = torch.device(device), place, dtype
+        self.device, self.place, self.dtype, self._world = torch.device(device), place, dtype, world
         if place not in PLACES:
             raise ValueError(f"teacher_cache is {place!r}; it takes one of {', '.join(PLACES)}")
         if place == "gpu" and self.device.type == "cpu":
@@ -81,22 +85,26 @@ class TeacherCache:
         return bool(self._held[index].all())
 
     def write(self, index: Tensor, logits: Tensor, states: Sequence[Tensor] = ()) -> None:
-        """Keep what the teacher made of a batch.
+        """Keep what the teacher made of a batch; of every process's part of it, which all of them call this with.
 
         Args:
             index: (B,) int64 on the CPU, the examples' numbers.
             logits: (B, C).
             states: L tensors (B, S, D), or (T, D) of a packed batch.
         """
+        indices = self._world.gather(index)
         if states:
             packed = states[0].dim() == 2
             cells = None if packed else self._cells(index, states[0].shape[1]).to(states[0].device, non_blocking=True)
-            rows = self._rows(index, None).to(self._states.device, non_blocking=True)
+            rows = [self._rows(index, None).to(self._states.device, non_blocking=True) for index in indices]
             for kept, state in zip(self._states, states, strict=True):
                 real = state if packed else state.flatten(0, 1).index_select(0, cells)
-                kept.index_copy_(0, rows, real.to(kept.device, kept.dtype))
-        self._logits.index_copy_(0, index.to(self.device, non_blocking=True), logits.float())
-        self._held[index] = True
+                for where, values in zip(rows, self._world.gather_rows(real, list(map(len, rows))), strict=True):
+                    kept.index_copy_(0, where, values.to(kept.device, kept.dtype))
+        logits = self._world.gather_rows(logits.float(), list(map(len, indices)))
+        for index, values in zip(indices, logits, strict=True):
+            self._logits.index_copy_(0, index.to(self.device, non_blocking=True), values)
+            self._held[index] = True
 
     def read(self, index: Tensor, width: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits and hidden states of a batch, on the training device.
@@ -130,13 +138,18 @@ class TeacherCache:
         return (torch.arange(width) < self._lengths[index][:, None]).flatten().nonzero().flatten()
 
 
-def choose_place(nbytes: int, device: torch.device, folder: str | Path) -> str:
-    """The fastest of "gpu", "cpu" and "disk" with room for ``nbytes``, or "off"."""
+def choose_place(nbytes: int, device: torch.device, folder: str | Path, world: World = ALONE) -> str:
+    """The fastest of "gpu", "cpu" and "disk" with room for ``nbytes`` in each process, or "off"."""
+    places = [*PLACES, "off"]
+    return max(world.gather(_choose_own_place(nbytes, device, folder, world.local_size)), key=places.index)
+
+
+def _choose_own_place(nbytes: int, device: torch.device, folder: str | Path, num_processes: int) -> str:
     if device.type == "cuda" and nbytes <= _SHARE * torch.cuda.mem_get_info(device)[0]:
         return "gpu"
-    if nbytes <= _SHARE * _free_host_memory():
+    if nbytes * num_processes <= _SHARE * _free_host_memory():
         return "cpu"
-    if nbytes <= _SHARE * shutil.disk_usage(folder).free:
+    if nbytes * num_processes <= _SHARE * shutil.disk_usage(folder).free:
         return "disk"
     return "off"
 

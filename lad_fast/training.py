@@ -3,11 +3,12 @@
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,6 +35,7 @@ from lad_fast.checkpoint import (
 )
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, tokenize
+from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
 from lad_fast.glue import Task, compute_metrics, get_task, load_split, predictions_from_logits
@@ -78,7 +80,7 @@ class TrainingConfig:
     max_steps: int | None = None
     """Stop after this many optimizer steps, the learning rate's fall included; None goes by epochs."""
     batch_size: int = 32
-    """Examples a batch."""
+    """Examples a batch; under torchrun of each process, so that two processes with 16 do what one does with 32."""
     gradient_accumulation_steps: int = 1
     """Batches an optimizer step; an epoch's last step may take fewer."""
     max_length: int = 128
@@ -104,7 +106,7 @@ class TrainingConfig:
     compile: bool = False
     """Compile the encoders by torch.compile: a minute or more at the start, for less in each step."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU where there is one), cpu, cuda or cuda:N. Under torchrun each process takes a GPU of its own."""
     num_threads: int | None = None
     """CPU threads; None leaves PyTorch's choice."""
     seed: int = 42
@@ -164,7 +166,7 @@ class DistillConfig(TrainingConfig):
     """Of the objective; None takes triton on a GPU, torch elsewhere."""
     teacher_cache: Literal["auto", "gpu", "cpu", "disk", "off"] = "auto"
     """Where to keep the teacher's outputs, so that epochs after the first run no teacher. auto takes the first of
-    the three with room, or off for a run of one epoch."""
+    the three with room, or off for a run of one epoch. Of several processes each keeps them all."""
 
 
 @dataclass
@@ -195,6 +197,7 @@ class TrainingResult:
     model: PreTrainedModel | None
 
 
+@joined
 def finetune(
     config: FinetuneConfig,
     *,
@@ -205,6 +208,9 @@ def finetune(
     tokenizer=None,
 ) -> TrainingResult:
     """Train a classifier on labels and write its checkpoints.
+
+    Processes that torchrun started, or that share an initialised process group, train one model together; each is
+    given the same arguments and returns the same result. The first alone writes.
 
     Args:
         config: see :class:`FinetuneConfig`.
@@ -222,15 +228,16 @@ def finetune(
     device = _start(config)
     task = task or get_task(config.task)
     if model is None:
-        model, tokenizer = load_classifier(config.model, task)
+        model, tokenizer = current_world().in_turn(load_classifier, config.model, task)
     _check_classes("model", model, task)
     config = _settle(config, device, model)
     batches, evaluation = _load_batches(config, task, model, tokenizer, train, evaluation, device)
-    with own_folder(Path(config.output_dir)), StopSignals() as signals:
+    with _own_run(config) as signals:
         step = DistillStep(model.to(device), **_step_options(config, batches))
         return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
+@joined
 def distill(
     config: DistillConfig,
     *,
@@ -242,6 +249,8 @@ def distill(
     student: PreTrainedModel | None = None,
 ) -> TrainingResult:
     """Train a student under a teacher and write its checkpoints, with the gates beside it.
+
+    By several processes as :func:`finetune`.
 
     Args:
         config: see :class:`DistillConfig`.
@@ -262,7 +271,7 @@ def distill(
     device = _start(config)
     task = task or get_task(config.task)
     if teacher is None:
-        teacher, tokenizer = load_classifier(config.teacher, task, fine_tuned=True)
+        teacher, tokenizer = current_world().in_turn(partial(load_classifier, fine_tuned=True), config.teacher, task)
     _check_classes("teacher", teacher, task)
     if student is None:
         student = _make_student(config, task, teacher)
@@ -272,7 +281,7 @@ def distill(
     teacher.to(device)
     student.to(device)
     options = _step_options(config, batches)
-    with own_folder(Path(config.output_dir)), StopSignals() as signals:
+    with _own_run(config) as signals:
         if config.method == "none":
             step = DistillStep(student, **options)
         else:
@@ -283,6 +292,14 @@ def distill(
                 gate_learning_rate=config.gate_learning_rate, mask_padding=config.mask_padding, **options,
             )  # fmt: skip
         return _run(config, task, step, batches, evaluation, tokenizer, signals)
+
+
+@contextmanager
+def _own_run(config: TrainingConfig) -> Iterator[StopSignals]:
+    """The folder is this run's alone, and signals wait for a step's end, the same one in every process."""
+    signals = StopSignals(current_world().agreement())
+    with current_world().first_enters(own_folder(Path(config.output_dir))), signals:
+        yield signals
 
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
@@ -298,7 +315,7 @@ def _make_student(config: DistillConfig, task: Task, teacher: PreTrainedModel) -
     if config.student_init == "published":
         if config.pretrained is None:
             raise ValueError("pretrained is None; student_init 'published' takes the model before fine-tuning")
-        pretrained, _ = load_classifier(config.pretrained, task)
+        pretrained, _ = current_world().in_turn(load_classifier, config.pretrained, task)
     return build_student(teacher, config.student_layers, config.student_init, pretrained=pretrained)
 
 
@@ -326,12 +343,12 @@ def _make_cache(
     place = config.teacher_cache
     if by_itself:
         nbytes = num_layers * int(lengths.sum()) * hidden_size * dtype.itemsize
-        place = choose_place(nbytes, teacher.device, output_dir)
+        place = choose_place(nbytes, teacher.device, output_dir, current_world())
         if place == "off":
             return None
     return TeacherCache(
         lengths, num_layers, hidden_size, teacher.config.num_labels,
-        dtype=dtype, device=teacher.device, place=place, folder=output_dir,
+        dtype=dtype, device=teacher.device, place=place, folder=output_dir, world=current_world(),
     )  # fmt: skip
 
 
@@ -452,9 +469,9 @@ def _load_batches(
         examples = load_split(task, split, config.data_dir)
         return tokenize(examples, tokenizer, config.max_length, config.cache_dir)
 
-    train = load("train") if train is None else train
+    train = current_world().in_turn(load, "train") if train is None else train
     if evaluation is None:
-        evaluation = {split: load(split) for split in task.eval_splits}
+        evaluation = {split: current_world().in_turn(load, split) for split in task.eval_splits}
     for name, split in {"train": train, **evaluation}.items():
         if split.labels is None:
             raise ValueError(f"split {name} has no labels; training and evaluation take labelled ones")
@@ -462,9 +479,11 @@ def _load_batches(
     on_gpu = device.type == "cuda"
     # Widths of a multiple of 8 suit a GPU's matrix units; on a CPU they are only more padding (docs/performance.md).
     options = {"max_length": config.max_length, "pin_memory": on_gpu, "pad_to_multiple_of": 8 if on_gpu else 1}
+    options |= {"part": current_world().rank, "parts": current_world().size}
+    batch_size = config.batch_size * current_world().size
     train = Batches(
         train,
-        config.batch_size,
+        batch_size,
         pad_token_id,
         shuffle=True,
         seed=config.seed,
@@ -472,7 +491,7 @@ def _load_batches(
         **options,
     )
     evaluation = {
-        name: Batches(split, config.batch_size, pad_token_id, shuffle=False, **options)
+        name: Batches(split, batch_size, pad_token_id, shuffle=False, **options)
         for name, split in evaluation.items()
     }
     return train, evaluation
@@ -491,6 +510,7 @@ def _step_options(config: TrainingConfig, batches: Batches) -> dict:
         "precision": config.precision,
         "optimizer": config.optimizer,
         "cuda_graphs": config.cuda_graphs,
+        "world": current_world(),
     }
 
 
@@ -504,38 +524,38 @@ def _run(
     signals: StopSignals,
 ) -> TrainingResult:
     """Epochs of steps, with an evaluation and saved models after each; from a checkpoint, where there is one."""
-    output_dir, device = Path(config.output_dir), step.student.device
+    output_dir, device, world = Path(config.output_dir), step.student.device, step.world
     results = output_dir / "results.json"
     run = _describe(config, step, batches, evaluation)
-    checkpoints = Checkpoints(output_dir, config.save_total_limit, config.save_steps, config.save_minutes)
-    if config.resume == "auto" and results.exists():
-        result = _finished(output_dir, run, step.student)
-        checkpoints.clear()
-        return result
-    found = find_checkpoint(config.resume, checkpoints)
-    if found is not None:
-        _refuse_another(f"checkpoint {found.path}", found.state["run"], run)
-        _LOG.warning("%s: going on from %s", output_dir, found.path)
-    elif config.resume == "never":
-        checkpoints.clear()
-    results.unlink(missing_ok=True)
-    write_json(output_dir / "config.json", asdict(config))
+    _refuse_unlike(world.gather(run))
+    minutes = config.save_minutes if world.is_first else math.inf  # one clock tells all
+    checkpoints = Checkpoints(
+        output_dir, config.save_total_limit, config.save_steps, minutes, agree=world.agreement()
+    )
+    if config.resume == "auto" and world.first(results.exists):
+        content, weights = world.first(_finished, output_dir, run, step.student)
+        step.student.load_state_dict(weights)
+        world.first(checkpoints.clear)
+        return TrainingResult(**content, output_dir=output_dir, model=step.student)
+    found = world.first(_take_folder, config, checkpoints, run)
     position, best = {"epoch": 1, "batches": 0}, None
+    if world.rank:  # until here all drew the same; dropout is each process's own
+        set_seed((config.seed + world.rank) % 2**32)
     with _Log(config, task.name, step, batches.split.ids) as log:
         if found is not None:
-            position, best = found.state["position"], _bring_best(found, output_dir)
+            position, best = found.state["position"], world.first(_bring_best, found, output_dir)
             step.load_state_dict(found.state["step"])
             log.load_state_dict(found.state["log"], found.log)
-            set_rng_state(found.state["rng"], device)
+            set_rng_state(found.state["rng"][world.rank], device)
 
         def save() -> Path:
             log.check()  # a checkpoint of numbers that are not finite would be the end of the run
             start = time.perf_counter()
             state = {
                 "run": run, "position": position, "best": best, "log": log.state_dict(), "step": step.state_dict(),
-                "rng": get_rng_state(device),
+                "rng": world.gather(get_rng_state(device)),
             }  # fmt: skip
-            path = checkpoints.save(log.steps, state, log.path)
+            path = world.first(checkpoints.save, log.steps, state, log.path)
             log.since += time.perf_counter() - start
             return path
 
@@ -556,7 +576,9 @@ def _run(
                     signals.check()
                 log.write_losses(epoch, step.scheduler.get_last_lr())
                 metrics = {
-                    name: evaluate(step.student, signals.watch(split), task, precision=config.precision).metrics
+                    name: evaluate(
+                        step.student, signals.watch(split), task, precision=config.precision, world=world
+                    ).metrics
                     for name, split in evaluation.items()
                 }
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
@@ -565,8 +587,8 @@ def _run(
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
                     best = score, state
-                    save_checkpoint(output_dir / "best", step.student, tokenizer, step.gates, state)
-                save_checkpoint(output_dir / "last", step.student, tokenizer, step.gates, state)
+                    world.first(save_checkpoint, output_dir / "best", step.student, tokenizer, step.gates, state)
+                world.first(save_checkpoint, output_dir / "last", step.student, tokenizer, step.gates, state)
                 position = {"epoch": epoch + 1, "batches": 0}
                 log.start_window()
                 if log.steps == step.total_steps:
@@ -581,8 +603,8 @@ def _run(
     )  # fmt: skip
     content = asdict(result)
     del content["model"]
-    write_json(results, content | {"run": run})
-    checkpoints.clear()
+    world.first(write_json, results, content | {"run": run})
+    world.first(checkpoints.clear)
     return replace(result, model=step.student)
 
 
@@ -598,6 +620,8 @@ def _describe(config: TrainingConfig, step: DistillStep, batches: Batches, evalu
     settings = {name: value for name, value in asdict(config).items() if name not in _MAY_DIFFER}
     if "teacher_cache" in settings:  # wherever it is, it holds the same numbers
         settings["teacher_cache"] = "off" if step.teacher_cache is None else "on"
+
+    settings["processes"] = step.world.size
 
     def data(**splits: TokenizedSplit) -> str:
         return digest(
@@ -624,33 +648,55 @@ def _describe(config: TrainingConfig, step: DistillStep, batches: Batches, evalu
 
 
 def _refuse_another(what: str, old: dict, new: dict) -> None:
+    if found := _differences(old, new, "was"):
+        raise ValueError(f"{what} is of another run: {found}; take another output_dir, or resume never to replace it")
+
+
+def _refuse_unlike(runs: list[dict]) -> None:
+    for number, run in enumerate(runs):
+        if found := _differences(runs[0], run, "in process 0 is"):
+            raise ValueError(f"process {number} runs something else: {found}; all take the same arguments and data")
+
+
+def _differences(old: dict, new: dict, was: str) -> str:
     names = [*new["settings"], *(old["settings"].keys() - new["settings"].keys())]
-    was, now = ({name: run["settings"].get(name) for name in names} for run in (old, new))
-    found = [f"{name} was {was[name]} and is {now[name]}" for name in names if was[name] != now[name]]
+    olds, news = ({name: run["settings"].get(name) for name in names} for run in (old, new))
+    found = [f"{name} {was} {olds[name]} and is {news[name]}" for name in names if olds[name] != news[name]]
     found += [text for text, value in new["digests"].items() if value != old["digests"].get(text)]
-    if found:
-        raise ValueError(
-            f"{what} is of another run: {', '.join(found)}; take another output_dir, or resume never to replace it"
-        )
+    return ", ".join(found)
 
 
-def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> TrainingResult:
-    """The result of the run that ended in ``output_dir``, if it is this one; ``model`` takes its last weights."""
+def _take_folder(config: TrainingConfig, checkpoints: Checkpoints, run: dict) -> Checkpoint | None:
+    """The checkpoint to go on from; what an earlier run left otherwise makes room."""
+    output_dir = Path(config.output_dir)
+    found = find_checkpoint(config.resume, checkpoints)
+    if found is not None:
+        _refuse_another(f"checkpoint {found.path}", found.state["run"], run)
+        _LOG.warning("%s: going on from %s", output_dir, found.path)
+    elif config.resume == "never":
+        checkpoints.clear()
+    (output_dir / "results.json").unlink(missing_ok=True)
+    write_json(output_dir / "config.json", asdict(config))
+    return found
+
+
+def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]]:
+    """Of the run that ended in ``output_dir``, if it is this one: its result, all but two fields, and last weights."""
     try:
         content = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
         old = content.pop("run")
         with quiet():
             last = type(model).from_pretrained(output_dir / "last", dtype=torch.float32)
-        result = TrainingResult(**content | {"output_dir": output_dir}, model=model)
+        del content["output_dir"]
+        TrainingResult(**content, output_dir=output_dir, model=model)
     except (OSError, ValueError, TypeError, KeyError) as error:  # written by an earlier version, or by hand
         raise ValueError(
             f"output_dir is {output_dir}; what a finished run left there cannot be read ({type(error).__name__}: "
             f"{error}); resume never starts anew"
         ) from error
     _refuse_another(f"output_dir {output_dir}", old, run)
-    model.load_state_dict(last.state_dict())
     _LOG.warning("%s: this run is finished; resume never starts it anew", output_dir)
-    return result
+    return content, last.state_dict()
 
 
 def _bring_best(found: Checkpoint, output_dir: Path) -> list | None:
@@ -690,9 +736,10 @@ class _Log:
     """
 
     def __init__(self, config: TrainingConfig, title: str, step: DistillStep, ids: np.ndarray) -> None:
-        self.show, self.checks_each_step, self.ids = config.progress, config.detect_anomaly, ids
+        self.world = step.world
+        self.show, self.checks_each_step, self.ids = config.progress and self.world.is_first, config.detect_anomaly, ids
         self.is_scaled, self.device = step.scaler.is_enabled(), step.student.device
-        self.path = Path(config.output_dir) / "log.jsonl"
+        self.path = Path(config.output_dir) / "log.jsonl" if self.world.is_first else Path(os.devnull)
         self.file = self.path.open("w", encoding="utf-8")
         # disable=None: no bar where stderr is a file or a pipe.
         self.bar = tqdm(total=step.total_steps, desc=title, unit="step", disable=None if self.show else True)
@@ -737,7 +784,7 @@ class _Log:
     def add(self, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], batches: tuple[Prepared, ...]) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        self.window_tokens += sum(batch.num_tokens for batch in batches)
+        self.window_tokens += sum(batch.part.all_tokens for batch in batches)
         self.window_steps += 1
         self.steps += 1
         norms = {f"gradient of {name}": value for name, value in grad_norms.items()}
@@ -771,7 +818,8 @@ class _Log:
                 f"{name}[{i}]" if value.dim() else name for name, value in values.items() for i in range(value.numel())
             ]
             parts = [name for name, is_finite in zip(names, row, strict=True) if not is_finite]
-            examples = self.ids[torch.cat(index).numpy()].tolist()
+            parts_of_batch = self.world.gather(torch.cat(index))  # losses are everybody's, so all come here
+            examples = list(dict.fromkeys(self.ids[torch.cat(parts_of_batch).numpy()].tolist()))
             raise FloatingPointError(
                 f"step {step}: not finite: {', '.join(parts)}; ids of its examples: {', '.join(map(str, examples))}"
             )
@@ -846,6 +894,7 @@ def evaluate(
     task: Task,
     device: torch.device | str | None = None,
     precision: str = "float32",
+    world: World = ALONE,
 ) -> Evaluation:
     """Predict every example of ``batches``; the model comes back in the mode it was in.
 
@@ -855,6 +904,7 @@ def evaluate(
         task: says what the logits mean.
         device: where to move the model first; None leaves it.
         precision: "float32", "bfloat16" or "float16".
+        world: processes that each bring their part of the batches; all return the whole.
     """
     if device is not None:
         model.to(device)
@@ -864,17 +914,22 @@ def evaluate(
     try:
         with autocast(model.device.type, precision):
             for batch in batches:
+                if "counts" in batch and not batch["counts"][0, 0]:
+                    continue  # its example is another process's
                 logits.append(run_model(model, model_inputs(model, batch)[0])[0].float())
                 ids.append(batch["ids"])
                 if "labels" in batch:
                     labels.append(batch["labels"])
     finally:
         model.train(was_training)
-    ids = torch.cat(ids).cpu().numpy()
+    own = [torch.cat(values).cpu() if values else None for values in (ids, logits, labels)]
+    columns = zip(*world.gather(own), strict=True)
+    ids, logits, labels = ([part for part in parts if part is not None] for parts in columns)
+    ids = torch.cat(ids).numpy()
     order = np.argsort(ids, kind="stable")
-    logits = torch.cat(logits).cpu().numpy()[order]
+    logits = torch.cat(logits).numpy()[order]
     predictions = predictions_from_logits(task, logits)
-    metrics = compute_metrics(task, predictions, torch.cat(labels).cpu().numpy()[order]) if labels else {}
+    metrics = compute_metrics(task, predictions, torch.cat(labels).numpy()[order]) if labels else {}
     return Evaluation(metrics, ids[order], predictions, logits)
 
 
