@@ -131,13 +131,38 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _broken_triton() -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # one built for another system raises anything from OSError to RuntimeError
+        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+        return f"triton cannot be imported ({type(error).__name__}: {first_line})"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile traces no import
+def broken_triton() -> str | None:
+    """What is wrong with the installation of Triton; None where it can be imported."""
+    return _broken_triton()
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # a finder that refuses it, or what a failed import left
+        return False
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on ``device``, otherwise the reason they do not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda" and not interpreted():
-        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    return None
+    if device.type != "cuda" and not interpreted():  # then there is no need to import it
+        problem = f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
+        return problem if _has_triton() else "triton is not installed"
+    return broken_triton()
 
 
 def torch_block_rows(state: Tensor) -> int | None:

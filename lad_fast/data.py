@@ -122,7 +122,9 @@ def tokenize(
     if cache_dir is not None and getattr(tokenizer, "backend_tokenizer", None) is not None:
         key = _cache_key(examples, tokenizer, max_length)
         path = Path(cache_dir) / f"{examples.task.name}-{examples.split}-{max_length}-{key}.npz"
-    arrays = _read_cache(path, len(examples)) if path is not None and path.exists() else None
+    arrays = None
+    if path is not None and path.exists():
+        arrays = _read_cache(path, len(examples), len(tokenizer))
     if arrays is None:
         arrays = _tokenize(examples, tokenizer, max_length)
         if path is not None:
@@ -185,7 +187,7 @@ def _cache_key(examples: Examples, tokenizer, max_length: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read_cache(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, num_examples: int, num_tokens: int) -> dict[str, np.ndarray] | None:
     """The cached arrays, or None where the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:  # a zip archive: reading checks a CRC of every array
@@ -193,6 +195,8 @@ def _read_cache(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
         _check_tokens(str(path), arrays["input_ids"], arrays.get("token_type_ids"), arrays["offsets"])
         if len(arrays["offsets"]) != num_examples + 1:
             raise ValueError(f"{len(arrays['offsets'])} offsets, {num_examples} examples")
+        if (most := arrays["input_ids"].max()) >= num_tokens:
+            raise ValueError(f"token {most}; the tokenizer has {num_tokens}")
     except Exception as error:  # whatever is wrong with it, the remedy is the same: make it again
         _LOG.warning("%s is damaged (%s: %s); making it again", path, type(error).__name__, error)
         return None
@@ -325,10 +329,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for rows in self._plan:
-            batch = self._batch(rows)
+            batch = self.take(rows)
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
-    def _batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of those examples, (B,) places in the split."""
         lengths = self._lengths[rows]
         if self._padding == "max_length":
             width = self._max_length
@@ -360,6 +365,25 @@ class Batches:
         batch["ids"] = torch.from_numpy(self.split.ids[rows])
         batch["index"] = torch.from_numpy(rows)
         return batch
+
+
+def check_vocabulary(split: TokenizedSplit, model) -> None:
+    """Raises a DataError that names the first example with a token, or a token type, that a model does not embed.
+
+    On a GPU the embedding itself would end the process's use of it, by an assertion that names nothing.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    sizes = {"input_ids": embeddings, "token_type_ids": getattr(model.config, "type_vocab_size", None)}
+    for name, size in sizes.items():
+        values = getattr(split, name)
+        if values is None or not size or (known := values < size).all():
+            continue
+        place = int(np.argmin(known))
+        example = int(np.searchsorted(split.offsets, place, side="right")) - 1
+        raise DataError(
+            f"split {split.split!r} of {split.task.name}: {name} of the example with id {split.ids[example]} hold "
+            f"{values[place]}; this {type(model).__name__} takes 0 to {size - 1}: is the tokenizer another model's?"
+        )
 
 
 def num_tokens(batch: dict[str, torch.Tensor]) -> int:
