@@ -202,6 +202,13 @@ class DistillStep:
         with self.autocast():
             return batch.teacher or self._run_teacher(batch.inputs)
 
+    def look_at_gates(self, batch: dict[str, Tensor]) -> list[dict]:
+        """:meth:`lad_fast.GateStack.condition` on what a step on the batch would take of the teacher."""
+        batch = self.prepare(batch)
+        packing = batch.inputs.get("packing")
+        mask = batch.attention_mask if self.mask_padding else None
+        return self.gates.condition(self.teach(batch)[1], mask, None if packing is None else packing.cu_seqlens)
+
     def state_dict(self) -> dict:
         """All that steps change, in nested dicts and lists: what the next step depends on beside its batch."""
         optimizer = self.optimizer.state_dict()

@@ -573,7 +573,8 @@ def _run(
                     for name, split in evaluation.items()
                 }
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
-                log.write_metrics(state)
+                gates = {} if step.gates is None else {"gates": step.look_at_gates(next(iter(batches)))}
+                log.write_metrics(state | gates)
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
@@ -690,6 +691,18 @@ def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
     """Tuples of ``size`` batches; the last one may be shorter."""
     iterator = iter(batches)
     return iter(lambda: tuple(islice(iterator, size)), ())
+
+
+def _gate_warning(i: int, gate: dict) -> str:
+    if gate["state"] == "collapsed":
+        return f"gates[{i}] has collapsed: its values vary by {gate['variation']:.1g} over tokens: it ignores its input"
+    shares = f"{gate['closed']:.0%} of its values are below 0.01 and {gate['open']:.0%} above 0.99"
+    meaning = "it no longer learns"
+    if gate["closed"] > 0.9:
+        meaning = "its layer is left out"
+    elif gate["open"] > 0.9:
+        meaning = "what came before its layer is forgotten"
+    return f"gates[{i}] is saturated: {shares}: {meaning}"
 
 
 class _Before(NamedTuple):
@@ -904,6 +917,10 @@ class _Log:
         self.start_window()
 
     def write_metrics(self, record: dict) -> None:
+        for i, gate in enumerate(record.get("gates", ())):
+            told = any(earlier["gates"][i]["state"] == gate["state"] for earlier in self.history)
+            if gate["state"] is not None and not told:
+                _LOG.warning("step %d: %s", self.steps, _gate_warning(i, gate))
         self.history.append(record)
         self._write(record)
         if self.show:
