@@ -223,7 +223,8 @@ class Batches:
     With ``shuffle`` the order depends on ``seed`` and the epoch alone. Grouped by length, examples are
     shuffled, sorted by length within runs of 50 batches and cut into batches, whose order is shuffled again:
     random batches with little padding. Without ``shuffle`` grouping puts the longest first, and ``ids`` tells
-    which is which.
+    which is which. ``DataLoader(batches, batch_size=None, num_workers=n)`` gives the same batches, in forked and in
+    spawned processes; pin them there, by its ``pin_memory``.
 
     A batch is a dict of CPU tensors: ``input_ids``, ``attention_mask`` (1 for real tokens) and, if the
     tokenizer has them, ``token_type_ids``, each (B, S) int64; ``labels`` (B,) int64 class ids or float32
@@ -331,6 +332,10 @@ class Batches:
         for rows in self._plan:
             batch = self.take(rows)
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Batch of that number of the epoch, in memory that is not pinned: for a ``DataLoader``'s workers."""
+        return self.take(self._plan[index])
 
     def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of those examples, (B,) places in the split."""
