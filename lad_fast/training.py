@@ -62,7 +62,8 @@ class TrainingConfig:
     task: str
     """GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."""
     output_dir: Path
-    """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/."""
+    """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/; and
+    not-finite-step-N of a run that ended by such numbers."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint in output_dir; a finished run is not run again, and another run's
     folder is refused. never: start anew and replace what is there. Or a checkpoint, or the folder of a run."""

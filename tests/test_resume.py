@@ -157,6 +157,21 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, undisturbed, engine):
     assert len(tensors) > 20
 
 
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_compiled_encoders(tmp_path, undisturbed, monkeypatch):
+    options = {"compile": True, "epochs": 2}
+    tensors, log, results = undisturbed(**options)
+    add = training._Log.add
+    with monkeypatch.context() as patch:  # a hook would be compiled too, again at each call
+        patch.setattr(training._Log, "add", lambda log, *args: (add(log, *args), log.steps == 9 and send(15)()))
+        with pytest.raises(Interrupted):
+            train(tmp_path, **options)
+    train(tmp_path, **options)
+    found = outcome(tmp_path)
+    assert found[1:] == (log, results)
+    assert found[0] == tensors
+
+
 def attempt(folder, **options):
     """Start the run in a process of its own: no import to wait for, and nothing shared but the folder."""
     pid = os.fork()
