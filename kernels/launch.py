@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -130,13 +131,33 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # a finder that refuses it, or what a failed import left
+        return False
+
+
+@functools.cache
+def broken_triton() -> str | None:
+    """What is wrong with the installation of Triton; None where it can be imported."""
+    if not _has_triton():
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # one built for another system raises anything from OSError to RuntimeError
+        first_line = next(iter(str(error).strip().splitlines()), "")[:200]
+        return f"triton cannot be imported ({type(error).__name__}: {first_line})"
+    return None
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on ``device``, otherwise the reason they do not."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    return None
+    return None if torch.compiler.is_compiling() else broken_triton()  # torch.compile traces no import
 
 
 def torch_block_rows(state: Tensor) -> int | None:
@@ -380,8 +401,12 @@ def cooperative(tile: GemmLaunch | None) -> dict[str, int]:
     return {"launch_cooperative_grid": True, "maxnreg": min(registers, 255)}
 
 
+_interpreter = threading.Lock()  # it keeps the grid and the running program in one place for all threads
+
+
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Run ``kernel`` by keyword on the device of its tensors, whichever device is current."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard, _interpreter if interpreted() else nullcontext():
         kernel[grid](**arguments)

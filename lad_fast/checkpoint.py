@@ -5,7 +5,6 @@ the log so far in ``log.jsonl``, and, written last, ``manifest.json`` with the S
 another name, synced and renamed, so that a kill or a power cut at any moment leaves it whole or absent.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,8 +28,14 @@ from torch import Tensor
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Checkpoints", "Interrupted", "StopSignals", "digest", "find_checkpoint",
-    "get_rng_state", "own_folder", "set_rng_state", "sync", "write_json",
+    "get_rng_state", "own_folder", "read_checkpoint", "set_rng_state", "sync", "write_checkpoint", "write_json",
 ]  # fmt: skip
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 2  # to be raised when older checkpoints can no longer be read
@@ -145,24 +150,10 @@ class Checkpoints:
         Raises:
             CheckpointError: no room, or another failure to write; the older checkpoints are left as they were.
         """
-        final, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
-        tensors: dict[str, Tensor] = {}
-        tree = _take_tensors(state, "", tensors)
+        final = self.folder / f"step-{step}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(_on_cpu(tensors), partial / _TENSORS)
-            (partial / _STATE).write_text(json.dumps(tree), encoding="utf-8")
-            shutil.copyfile(log, partial / _RUN_LOG)
-            files = {name: _digest(partial / name) for name in (_TENSORS, _STATE, _RUN_LOG)}
-            (partial / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=2))
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            _discard(final)
-            partial.rename(final)
-            sync(self.folder)
+            write_checkpoint(final, state, log)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"output_dir is {self.run_folder}; the checkpoint of step {step} could not be written ({error}); "
                 "with room made, the same command resumes from the one before it"
@@ -241,6 +232,33 @@ def find_checkpoint(resume: str, own: Checkpoints) -> Checkpoint | None:
     return found
 
 
+def write_checkpoint(path: Path, state: dict, log: Path) -> None:
+    """Write or replace one; see :meth:`Checkpoints.save`.
+
+    Raises:
+        OSError, SafetensorError: no room, or another failure to write; nothing is left of it.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    tensors: dict[str, Tensor] = {}
+    tree = _take_tensors(state, "", tensors)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_on_cpu(tensors), partial / _TENSORS)
+        (partial / _STATE).write_text(json.dumps(tree), encoding="utf-8")
+        shutil.copyfile(log, partial / _RUN_LOG)
+        files = {name: _digest(partial / name) for name in (_TENSORS, _STATE, _RUN_LOG)}
+        (partial / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=2))
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        _discard(path)
+        partial.rename(path)
+        sync(path.parent)
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, every byte of it checked.
 
@@ -307,6 +325,8 @@ def _discard(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # which opens no folder, and syncs no file that was opened to read
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -324,11 +344,23 @@ def write_json(path: Path, content: dict) -> None:
     try:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
         sync(partial)
-        partial.rename(path)
+        partial.replace(path)
         sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error})") from error
+
+
+def _lock(file) -> None:
+    """Lock an open file for this process, until it closes it; a BlockingIOError where another one has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:  # Windows locks bytes, which others then cannot read: one far behind the process id
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(str(error)) from error
 
 
 @contextmanager
@@ -343,7 +375,7 @@ def own_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
         file = lock.open("a", encoding="utf-8")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except BlockingIOError as error:
         raise ValueError(
             f"output_dir is {folder}; another run is writing there, process {lock.read_text() or 'unknown'}"

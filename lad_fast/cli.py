@@ -23,6 +23,7 @@ from lad_fast.doctor import doctor
 from lad_fast.glue import Task, get_task, load_split, write_submission
 from lad_fast.kernels.launch import cache_file, why_not_triton
 from lad_fast.models import load_classifier
+from lad_fast.replay import replay
 from lad_fast.report import format_table
 from lad_fast.training import DistillConfig, Evaluation, FinetuneConfig, TrainingResult
 
@@ -83,6 +84,16 @@ class PredictCommand(InferenceConfig):
 
 
 @dataclass
+class ReplayCommand:
+    """Run a training step again whose numbers were not finite, and tell which of its tensors was the first."""
+
+    dump: tyro.conf.Positional[Path]
+    """The folder not-finite-step-N that the run left in its output folder."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass
 class DoctorCommand:
     """Show versions and devices, and check every back end against the reference."""
 
@@ -110,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0; 1 for something broken (doctor, or training whose numbers are not finite); 2 for wrong
-        input or a disk that takes no more; 128 + the signal's number (130, 143) for a run that SIGINT or SIGTERM
-        stopped. But for doctor's, one line on stderr says more.
+        The exit code: 0; 1 for something broken (doctor, training whose numbers are not finite, or a replay that does
+        not come to what the run came to); 2 for wrong input or a disk that takes no more; 128 + the signal's number
+        (130, 143) for a run that SIGINT or SIGTERM stopped. But for doctor's, one line on stderr says more.
     """
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -234,6 +245,12 @@ def run_predict(config: PredictCommand) -> int:
     return 0
 
 
+def run_replay(config: ReplayCommand) -> int:
+    found = replay(config.dump, config.device)
+    print(found)
+    return int(found.found != found.expected)
+
+
 def run_bench(config: BenchCommand) -> int:
     if config.tune:
         device = torch.device("cuda")
@@ -289,6 +306,7 @@ COMMANDS: dict[type, Command] = {
     DistillCommand: Command("distill", lambda config: run_training(training.distill, config)),
     EvaluateCommand: Command("evaluate", run_evaluate),
     PredictCommand: Command("predict", run_predict),
+    ReplayCommand: Command("replay", run_replay),
     BenchCommand: Command("bench", run_bench),
     DoctorCommand: Command("doctor", lambda config: doctor()),
 }

@@ -122,7 +122,9 @@ def tokenize(
     if cache_dir is not None and getattr(tokenizer, "backend_tokenizer", None) is not None:
         key = _cache_key(examples, tokenizer, max_length)
         path = Path(cache_dir) / f"{examples.task.name}-{examples.split}-{max_length}-{key}.npz"
-    arrays = _read_cache(path, len(examples)) if path is not None and path.exists() else None
+    arrays = None
+    if path is not None and path.exists():
+        arrays = _read_cache(path, len(examples), len(tokenizer))
     if arrays is None:
         arrays = _tokenize(examples, tokenizer, max_length)
         if path is not None:
@@ -185,7 +187,7 @@ def _cache_key(examples: Examples, tokenizer, max_length: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read_cache(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
+def _read_cache(path: Path, num_examples: int, num_tokens: int) -> dict[str, np.ndarray] | None:
     """The cached arrays, or None where the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:  # a zip archive: reading checks a CRC of every array
@@ -193,6 +195,8 @@ def _read_cache(path: Path, num_examples: int) -> dict[str, np.ndarray] | None:
         _check_tokens(str(path), arrays["input_ids"], arrays.get("token_type_ids"), arrays["offsets"])
         if len(arrays["offsets"]) != num_examples + 1:
             raise ValueError(f"{len(arrays['offsets'])} offsets, {num_examples} examples")
+        if (most := arrays["input_ids"].max()) >= num_tokens:
+            raise ValueError(f"token {most}; the tokenizer has {num_tokens}")
     except Exception as error:  # whatever is wrong with it, the remedy is the same: make it again
         _LOG.warning("%s is damaged (%s: %s); making it again", path, type(error).__name__, error)
         return None
@@ -219,7 +223,8 @@ class Batches:
     With ``shuffle`` the order depends on ``seed`` and the epoch alone. Grouped by length, examples are
     shuffled, sorted by length within runs of 50 batches and cut into batches, whose order is shuffled again:
     random batches with little padding. Without ``shuffle`` grouping puts the longest first, and ``ids`` tells
-    which is which.
+    which is which. ``DataLoader(batches, batch_size=None, num_workers=n)`` gives the same batches, in forked and in
+    spawned processes; pin them there, by its ``pin_memory``.
 
     A batch is a dict of CPU tensors: ``input_ids``, ``attention_mask`` (1 for real tokens) and, if the
     tokenizer has them, ``token_type_ids``, each (B, S) int64; ``labels`` (B,) int64 class ids or float32
@@ -337,8 +342,17 @@ class Batches:
             batch = self._batch(rows)
             yield {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
 
-    def _batch(self, whole: np.ndarray) -> dict[str, torch.Tensor]:
-        own = whole[self._part :: self._parts]  # where examples stand by length, equal work for every part
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Batch of that number of the epoch, in memory that is not pinned: for a ``DataLoader``'s workers."""
+        return self._batch(self._plan[index])
+
+    def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of those examples, (B,) places in the split: all of it, whatever part this process takes."""
+        return self._batch(rows, rows)
+
+    def _batch(self, whole: np.ndarray, own: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        if own is None:
+            own = whole[self._part :: self._parts]  # where examples stand by length, equal work for every part
         rows = own if len(own) else whole[:1]
         lengths = self._lengths[rows]
         if self._padding == "max_length":
@@ -374,6 +388,25 @@ class Batches:
             counts = [[len(part), self._lengths[part].sum()] for part in (own, whole)]
             batch["counts"] = torch.tensor(counts, dtype=torch.int64)
         return batch
+
+
+def check_vocabulary(split: TokenizedSplit, model) -> None:
+    """Raises a DataError that names the first example with a token, or a token type, that a model does not embed.
+
+    On a GPU the embedding itself would end the process's use of it, by an assertion that names nothing.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    sizes = {"input_ids": embeddings, "token_type_ids": getattr(model.config, "type_vocab_size", None)}
+    for name, size in sizes.items():
+        values = getattr(split, name)
+        if values is None or not size or (known := values < size).all():
+            continue
+        place = int(np.argmin(known))
+        example = int(np.searchsorted(split.offsets, place, side="right")) - 1
+        raise DataError(
+            f"split {split.split!r} of {split.task.name}: {name} of the example with id {split.ids[example]} hold "
+            f"{values[place]}; this {type(model).__name__} takes 0 to {size - 1}: is the tokenizer another model's?"
+        )
 
 
 def num_tokens(batch: dict[str, torch.Tensor]) -> int:

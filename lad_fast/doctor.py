@@ -10,7 +10,7 @@ import torch
 
 import lad_fast
 from lad_fast.functional import BACKENDS
-from lad_fast.kernels.launch import Device, cache_file, gpu, tuned, why_not_triton
+from lad_fast.kernels.launch import Device, broken_triton, cache_file, gpu, tuned, why_not_triton
 from lad_fast.optimizers import has_apex
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "tyro")
@@ -93,6 +93,7 @@ def facts() -> Iterator[tuple[str, str]]:
         )
         if not why_not_triton(device := torch.device("cuda", index)):
             yield f"GPU {index} launches", launches(gpu(device))
+    yield "triton here", broken_triton() or "can be imported"
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     yield "triton interpreter", "on (TRITON_INTERPRET=1): right but slow" if interpreting else "off"
 

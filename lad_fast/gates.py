@@ -14,6 +14,7 @@ from lad_fast import reference
 __all__ = ["GateStack"]
 
 _FILE_NAME = "gates.safetensors"
+_EDGE, _SATURATED, _COLLAPSED = 0.01, 0.95, 0.01  # see GateStack.condition
 _PUBLISHED_NAMES = ("linear.weight", "linear.bias", "layernorm.weight", "layernorm.bias")
 
 
@@ -130,21 +131,64 @@ class GateStack(nn.Module):
         Returns:
             (L, L) float32; row l belongs to aggregate l, column j to teacher layer j; each row sums to 1.
         """
-        chain = [h.float() for h in hidden_states]
-        aggregates = reference.aggregate(chain, self, None, attention_mask)
-        if self.reverse:
-            chain, aggregates = chain[::-1], aggregates[::-1]
-        real = torch.ones(chain[0].shape[:-1]) if attention_mask is None else attention_mask
-        real = real.to(chain[0])[..., None]
-        shares = [torch.ones_like(chain[0])]  # of chain element j in the current aggregate, element by element
-        result = chain[0].new_zeros(self.num_layers, self.num_layers)
+        gates = self._values(hidden_states, attention_mask, None)
+        real = torch.ones(gates[0].shape[:-1]) if attention_mask is None else attention_mask
+        real = real.to(gates[0])[..., None]
+        shares = [torch.ones_like(gates[0])]  # of chain element j in the current aggregate, element by element
+        result = gates[0].new_zeros(self.num_layers, self.num_layers)
         result[0, 0] = 1
-        for i in range(self.num_layers - 1):
-            gate = torch.sigmoid(aggregates[i] @ self.weight[i].float().T + self.bias[i].float())
+        for i, gate in enumerate(gates):
             shares = [share * (1 - gate) for share in shares] + [gate]
             means = [(share * real).sum() / (real.sum() * self.hidden_size) for share in shares]
             result[i + 1, : i + 2] = torch.stack(means)
         return result.flip(0, 1) if self.reverse else result
+
+    @torch.no_grad()
+    def condition(
+        self,
+        hidden_states: Sequence[Tensor] | Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> list[dict]:
+        """How each gate fares on a batch: to be looked at now and then, since it waits for the device.
+
+        A gate is saturated where 95 % of its values are within 0.01 of 0 or 1: there the sigmoid's slope is less than
+        a twenty-fifth of its largest, so the gate hardly learns, and one side of the blend weighs under a hundredth:
+        the layer is left out, or what came before it forgotten. It has collapsed where its values, feature by
+        feature, vary by less than 0.01 from token to token (fresh gates: 0.1 to 0.2): it ignores its input, and the
+        blend is the same everywhere.
+
+        Args:
+            hidden_states: L tensors (B, S, D), or one (L, B, S, D); packed, L tensors (tokens, D).
+            attention_mask: (B, S), 1 for real tokens, which alone are looked at.
+            cu_seqlens: (B + 1,) bounds of packed hidden states.
+
+        Returns:
+            For each gate along the chain: "openness", the mean of its values; "closed" and "open", the shares of them
+            below 0.01 and above 0.99; "variation", the standard deviation over tokens, its root mean square over
+            features; "state", "saturated", "collapsed" or None.
+        """
+        found = []
+        for gate in self._values(hidden_states, attention_mask, cu_seqlens):
+            gate = gate.flatten(0, -2) if attention_mask is None else gate[attention_mask != 0]
+            variation = gate.var(dim=0, correction=0).mean().sqrt()
+            parts = (gate.mean(), (gate < _EDGE).float().mean(), (gate > 1 - _EDGE).float().mean(), variation)
+            numbers = dict(zip(("openness", "closed", "open", "variation"), torch.stack(parts).tolist(), strict=True))
+            state = None
+            if numbers["closed"] + numbers["open"] >= _SATURATED:
+                state = "saturated"
+            elif numbers["variation"] < _COLLAPSED and len(gate) > 1:
+                state = "collapsed"
+            found.append(numbers | {"state": state})
+        return found
+
+    def _values(self, hidden_states: Sequence[Tensor] | Tensor, attention_mask, cu_seqlens) -> list[Tensor]:
+        """The gates' values, like hidden states, along the chain, in float32."""
+        aggregates = reference.aggregate([h.float() for h in hidden_states], self, None, attention_mask, cu_seqlens)
+        if self.reverse:
+            aggregates = aggregates[::-1]
+        pairs = zip(aggregates, self.weight.float(), self.bias.float(), strict=False)  # the last aggregate has no gate
+        return [torch.sigmoid(aggregate @ weight.T + bias) for aggregate, weight, bias in pairs]
 
     @classmethod
     def from_highway_gates(cls, gates: Sequence[nn.Module], reverse: bool = False) -> "GateStack":

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -86,6 +86,11 @@ class Task:
                 f"labels is {self.labels!r}, label_range {self.label_range!r}; a task has one of the two"
             )
 
+    def __reduce__(self):
+        """For spawned processes: no pickle takes the view through which ``submission_files`` is read-only."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _remade, (type(self), values | {"submission_files": dict(self.submission_files)})
+
     @property
     def is_regression(self) -> bool:
         return self.label_range is not None
@@ -110,6 +115,10 @@ def _glue(name: str, folder: str, text_columns: Sequence[str], **changes) -> Tas
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
+
+def _remade(kind: type, values: dict) -> Task:
+    return kind(**values | {"submission_files": MappingProxyType(values["submission_files"])})
+
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {

@@ -60,7 +60,8 @@ class StepGraphs:
         torch.cuda.current_stream(self._device).wait_stream(side)
         self._zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Without a stream it would take one of whichever device was captured on first.
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=side):
             outputs = self._run(batch)
         self._pool = graph.pool()
         return _Graph(graph, static, outputs)

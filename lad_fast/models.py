@@ -350,7 +350,11 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
 
     Returns:
         Arguments for :func:`run_model`, and the attention mask (B, S) or None where every token is real.
+
+    Raises:
+        ValueError: a batch on the CPU with a token that the model does not embed.
     """
+    _check_tokens(model, batch)
     move = {"device": model.device, "non_blocking": True}
     names = ("input_ids", "token_type_ids", "position_ids")
     inputs = {name: batch[name].to(**move) for name in names if name in batch}
@@ -363,6 +367,16 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
     is_sdpa = model.config._attn_implementation in ("sdpa", ATTENTION)
     inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_sdpa else mask
     return inputs, mask
+
+
+def _check_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    tokens, size = batch["input_ids"], model.get_input_embeddings().num_embeddings
+    if tokens.is_cpu and not 0 <= (most := int(tokens.max())) < size:
+        row, column = (int(i) for i in (tokens == most).nonzero()[0])
+        if "lengths" in batch:
+            row = int((batch["lengths"].cumsum(0) <= column).sum())
+        example = f"of the example with id {batch['ids'][row]}" if "ids" in batch else f"[{row}]"
+        raise ValueError(f"input_ids {example} hold {most}; this {type(model).__name__} takes 0 to {size - 1}")
 
 
 def run_model(

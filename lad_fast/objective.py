@@ -1,5 +1,6 @@
 """The training objective of LAD as a module."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -125,6 +126,7 @@ class LADObjective(nn.Module):
                 f"student_hidden_states holds {len(student_hidden_states)} tensors; it takes "
                 f"num_student_layers = {self.num_student_layers} (leave the embedding output out)"
             )
+        _check_devices(student_hidden_states, teacher_hidden_states, self.gates, student_logits, teacher_logits, labels)
         backend = backend or self.backend
         if self.projections is not None:
             student_hidden_states = [
@@ -139,6 +141,25 @@ class LADObjective(nn.Module):
             self.hidden_weight, logits=logits, memory=self.memory, backend=backend,
         )  # fmt: skip
         return LADOutput(*losses, hidden_losses.detach())
+
+
+def _check_devices(student, teacher, gates: GateStack, student_logits, teacher_logits, labels) -> None:
+    """Raises a ValueError where not everything is where the student is, before anything runs."""
+    others = {
+        "teacher_hidden_states are": _any(teacher), "the gates are": gates.weight, "student_logits are": student_logits,
+        "teacher_logits are": teacher_logits, "labels are": labels,
+    }  # fmt: skip
+    student = _any(student)
+    for name, tensor in others.items():
+        if isinstance(student, Tensor) and isinstance(tensor, Tensor) and tensor.device != student.device:
+            raise ValueError(
+                f"{name} on {tensor.device}; student_hidden_states are on {student.device}; move one to the other"
+            )
+
+
+def _any(states):
+    """One of the tensors; what is none, or holds none, is refused by name further down."""
+    return states[0] if isinstance(states, Sequence) and len(states) else states
 
 
 def _unpack(name: str, hidden_states, logits):

@@ -93,10 +93,13 @@ class DistillStep:
 
     Attributes:
         grad_norms: of the last step before clipping, on the device: "student" () and, with gates, "gates" (L-1,).
+        is_held: () float32 on the device, 1 from the first step on whose gradients were not finite: that step and
+            all after it leave weights and moments as they were, to be looked at. Always 0 in float16, where the loss
+            scaler skips the one step, and with "apex", which takes no such word.
 
     Raises:
-        ValueError: a teacher without an objective or the other way round; graphs without a GPU, or with several
-            processes.
+        ValueError: a teacher without an objective or the other way round; one of them on another device than the
+            student; graphs without a GPU, or with several processes.
     """
 
     def __init__(
@@ -122,6 +125,10 @@ class DistillStep:
             raise ValueError("teacher and objective go together; pass both or neither")
         if cuda_graphs and world.size > 1:
             raise ValueError("cuda_graphs takes one process; a captured step does not wait for other processes")
+        for name, module in (("teacher", teacher), ("objective", objective)):
+            for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+                if parameter.device != student.device:
+                    raise ValueError(f"{name} is on {parameter.device}; student is on {student.device}")
         self.student, self.teacher, self.objective = student.train(), teacher, objective
         self.teacher_cache = teacher_cache
         if teacher is not None:
@@ -155,6 +162,8 @@ class DistillStep:
         self.grad_norms: dict[str, Tensor] = {}
         self.world = world
         self._forward: DistributedDataParallel | None = None
+        self.holds = not self.scaler.is_enabled() and getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self.is_held = torch.zeros((), device=student.device)
 
     def __call__(self, *batches: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
         """One optimizer step over one batch, or over several whose gradients accumulate.
@@ -183,6 +192,10 @@ class DistillStep:
         self.grad_norms = {"student": nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)}
         if self.gates is not None:
             self.grad_norms["gates"] = clip_each_gate_(self.gates, self.max_grad_norm)
+        if self.holds:
+            is_finite = torch.cat([norms.reshape(-1) for norms in self.grad_norms.values()]).isfinite().all()
+            self.is_held = self.is_held.maximum((~is_finite).float())
+            self.optimizer.found_inf = self.is_held  # fused AdamW reads it on the device
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -214,6 +227,21 @@ class DistillStep:
         with self.autocast():
             self.teacher_cache.write(batch["index"], *self._run_teacher(inputs))
 
+    @torch.no_grad()
+    def teach(self, batch: Prepared) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The teacher's logits and hidden states that a step on the batch takes; None without a teacher."""
+        if self.teacher is None:
+            return None
+        with self.autocast():
+            return batch.teacher or self._run_teacher(batch.inputs)
+
+    def look_at_gates(self, batch: dict[str, Tensor]) -> list[dict]:
+        """:meth:`lad_fast.GateStack.condition` on what a step on the batch would take of the teacher."""
+        batch = self.prepare(batch)
+        packing = batch.inputs.get("packing")
+        mask = batch.attention_mask if self.mask_padding else None
+        return self.gates.condition(self.teach(batch)[1], mask, None if packing is None else packing.cu_seqlens)
+
     def state_dict(self) -> dict:
         """All that steps change, in nested dicts and lists: what the next step depends on beside its batch."""
         optimizer = self.optimizer.state_dict()
@@ -228,6 +256,7 @@ class DistillStep:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what :meth:`state_dict` gave."""
+        self.is_held = torch.zeros_like(self.is_held)
         self.student.load_state_dict(state["student"])
         if self.uses_hidden_states:
             self.objective.load_state_dict(state["objective"])
@@ -357,14 +386,14 @@ def prepare_ahead(
         with torch.cuda.stream(stream):
             started = prepare(batch), stream.record_event()
         if waiting is not None:
-            yield _arrived(*waiting)
+            yield _arrived(*waiting, device)
         waiting = started
     if waiting is not None:
-        yield _arrived(*waiting)
+        yield _arrived(*waiting, device)
 
 
-def _arrived(batch: Prepared, copied: torch.cuda.Event) -> Prepared:
-    stream = torch.cuda.current_stream()
+def _arrived(batch: Prepared, copied: torch.cuda.Event, device: torch.device) -> Prepared:
+    stream = torch.cuda.current_stream(device)  # which need not be the current device
     stream.wait_event(copied)
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.is_cuda:

@@ -4,10 +4,11 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -31,10 +33,11 @@ from lad_fast.checkpoint import (
     get_rng_state,
     own_folder,
     set_rng_state,
+    write_checkpoint,
     write_json,
 )
 from lad_fast.cpu import keep_freed_memory
-from lad_fast.data import Batches, TokenizedSplit, tokenize
+from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
@@ -61,7 +64,8 @@ class TrainingConfig:
     task: str
     """GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."""
     output_dir: Path
-    """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/."""
+    """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/; and
+    not-finite-step-N of a run that ended by such numbers."""
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint in output_dir; a finished run is not run again, and another run's
     folder is refused. never: start anew and replace what is there. Or a checkpoint, or the folder of a run."""
@@ -223,7 +227,7 @@ def finetune(
         ValueError: a setting, model, data file or output folder that does not fit; the message names it.
         Interrupted: SIGINT or SIGTERM; a ``KeyboardInterrupt`` with the ``path`` of the checkpoint it left.
         CheckpointError: a checkpoint could not be written.
-        FloatingPointError: losses or gradients are not finite; names the step, the examples and the parts.
+        FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
     task = task or get_task(config.task)
@@ -233,7 +237,7 @@ def finetune(
     config = _settle(config, device, model)
     batches, evaluation = _load_batches(config, task, model, tokenizer, train, evaluation, device)
     with _own_run(config) as signals:
-        step = DistillStep(model.to(device), **_step_options(config, batches))
+        step = DistillStep(_move("model", model, device), **_step_options(config, batches))
         return _run(config, task, step, batches, evaluation, tokenizer, signals)
 
 
@@ -266,7 +270,7 @@ def distill(
         ValueError: a setting, model, data file or output folder that does not fit; the message names it.
         Interrupted: SIGINT or SIGTERM; a ``KeyboardInterrupt`` with the ``path`` of the checkpoint it left.
         CheckpointError: a checkpoint could not be written.
-        FloatingPointError: losses or gradients are not finite; names the step, the examples and the parts.
+        FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
     task = task or get_task(config.task)
@@ -278,8 +282,10 @@ def distill(
     _check_classes("student", student, task)
     config = _settle(config, device, student, teacher)
     batches, evaluation = _load_batches(config, task, student, tokenizer, train, evaluation, device)
-    teacher.to(device)
-    student.to(device)
+    if config.method != "none":
+        check_vocabulary(batches.split, teacher)
+    _move("teacher", teacher, device)
+    _move("student", student, device)
     options = _step_options(config, batches)
     with _own_run(config) as signals:
         if config.method == "none":
@@ -300,6 +306,12 @@ def _own_run(config: TrainingConfig) -> Iterator[StopSignals]:
     signals = StopSignals(current_world().agreement())
     with current_world().first_enters(own_folder(Path(config.output_dir))), signals:
         yield signals
+
+
+def _move(role: str, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{role} is on meta, without its weights; training on {device} takes a model that is loaded")
+    return model.to(device)
 
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
@@ -475,6 +487,7 @@ def _load_batches(
     for name, split in {"train": train, **evaluation}.items():
         if split.labels is None:
             raise ValueError(f"split {name} has no labels; training and evaluation take labelled ones")
+        check_vocabulary(split, model)
     pad_token_id = model.config.pad_token_id if tokenizer is None else tokenizer.pad_token_id
     on_gpu = device.type == "cuda"
     # Widths of a multiple of 8 suit a GPU's matrix units; on a CPU they are only more padding (docs/performance.md).
@@ -541,7 +554,7 @@ def _run(
     position, best = {"epoch": 1, "batches": 0}, None
     if world.rank:  # until here all drew the same; dropout is each process's own
         set_seed((config.seed + world.rank) % 2**32)
-    with _Log(config, task.name, step, batches.split.ids) as log:
+    with _Log(config, task.name, step, batches.split.ids, partial(_dump, config, task, step, batches)) as log:
         if found is not None:
             position, best = found.state["position"], world.first(_bring_best, found, output_dir)
             step.load_state_dict(found.state["step"])
@@ -567,7 +580,8 @@ def _run(
                 prepared = prepare_ahead(islice(batches, position["batches"], None), step.prepare, device)
                 groups = _groups(prepared, config.gradient_accumulation_steps)
                 for group in islice(groups, step.total_steps - log.steps):
-                    log.add(step(*group), step.grad_norms, group)
+                    before = _Before.of(step)
+                    log.add(step(*group), step.grad_norms, group, before)
                     position["batches"] += len(group)
                     if log.steps % config.log_every == 0:
                         log.write_losses(epoch, step.scheduler.get_last_lr())
@@ -582,7 +596,8 @@ def _run(
                     for name, split in evaluation.items()
                 }
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
-                log.write_metrics(state)
+                gates = {} if step.gates is None else {"gates": step.look_at_gates(next(iter(batches)))}
+                log.write_metrics(state | gates)
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
@@ -725,6 +740,91 @@ def _groups(batches: Iterable, size: int) -> Iterator[tuple]:
     return iter(lambda: tuple(islice(iterator, size)), ())
 
 
+def _gate_warning(i: int, gate: dict) -> str:
+    if gate["state"] == "collapsed":
+        return f"gates[{i}] has collapsed: its values vary by {gate['variation']:.1g} over tokens: it ignores its input"
+    shares = f"{gate['closed']:.0%} of its values are below 0.01 and {gate['open']:.0%} above 0.99"
+    meaning = "it no longer learns"
+    if gate["closed"] > 0.9:
+        meaning = "its layer is left out"
+    elif gate["open"] > 0.9:
+        meaning = "what came before its layer is forgotten"
+    return f"gates[{i}] is saturated: {shares}: {meaning}"
+
+
+class _Before(NamedTuple):
+    """What a step depends on and changes even where it leaves all weights alone."""
+
+    generator: Tensor
+    """State of the device's generator, which dropout draws from; kept on the host: no wait."""
+    scale: Tensor | None
+    """() the loss scale; None in another precision than float16, and before the first step."""
+
+    @classmethod
+    def of(cls, step: DistillStep) -> "_Before":
+        device, scale = step.student.device, getattr(step.scaler, "_scale", None)  # get_scale() would wait
+        generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return cls(generator, None if scale is None else scale.clone())
+
+
+class _Broken(NamedTuple):
+    """A step whose numbers were not finite."""
+
+    step: int
+    parts: list[str]
+    """What was not finite."""
+    examples: list[int]
+    """Their ids."""
+    index: list[Tensor]
+    """Of each of its batches, (B,): the examples' places in the split."""
+    before: _Before
+    weights: str
+    """Which ones there are now: those "before the step" or, where they could not be kept, "after step N"."""
+
+
+def _dump(
+    config: TrainingConfig, task: Task, step: DistillStep, batches: Batches, log: Path, broken: _Broken
+) -> Path:
+    """Write all that :func:`lad_fast.replay.replay` takes to run a step again."""
+    model, device = step.student, step.student.device
+    inputs = []
+    for index in broken.index:
+        batch = batches.take(index.numpy())
+        inputs.append({"batch": batch, "teacher": step.teach(step.prepare(batch))})
+    state = step.state_dict()
+    if step.scaler.is_enabled():
+        scale = broken.before.scale
+        state["scaler"]["scale"] = step.scaler._init_scale if scale is None else scale.item()
+    teacher = None
+    if step.teacher is not None:
+        teacher = {name: getattr(step.teacher.config, name) for name in ("num_hidden_layers", "hidden_size")}
+    described = {
+        "config": asdict(config),
+        "task": {"name": task.name, "is_regression": task.is_regression},
+        "student": {
+            "class": type(model).__name__,
+            "config": model.config.to_dict(),
+            "attention": model.config._attn_implementation,
+        },
+        "teacher": teacher,
+        "options": {name: value for name, value in _step_options(config, batches).items() if name != "world"},
+        "processes": step.world.size,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "device": str(device),
+    }
+    content = json.loads(json.dumps(described, default=str)) | broken._asdict() | {"inputs": inputs, "state": state}
+    path = Path(config.output_dir) / f"not-finite-step-{broken.step}"
+    write_checkpoint(path, content | {"before": broken.before._asdict()}, log)
+    return path
+
+
+def not_finite(values: dict[str, Tensor]) -> list[str]:
+    """Names of what is not finite among losses and norms, as "loss" or, of several entries, "hidden_losses[1]"."""
+    names = [f"{name}[{i}]" if value.dim() else name for name, value in values.items() for i in range(value.numel())]
+    rows = _joined(values).isfinite().tolist()
+    return [name for name, is_finite in zip(names, rows, strict=True) if not is_finite]
+
+
 class _Log:
     """log.jsonl, the progress bar and the counters. Losses gather on the device until a line is due.
 
@@ -733,10 +833,18 @@ class _Log:
         title: of the bar.
         step: whose losses they are.
         ids: (N,) of the training examples.
+        dump: writes what it takes to run a :class:`_Broken` step again, beside the log, and returns where to.
     """
 
-    def __init__(self, config: TrainingConfig, title: str, step: DistillStep, ids: np.ndarray) -> None:
-        self.world = step.world
+    def __init__(
+        self,
+        config: TrainingConfig,
+        title: str,
+        step: DistillStep,
+        ids: np.ndarray,
+        dump: Callable[[Path, _Broken], Path],
+    ) -> None:
+        self.step, self.dump, self.world = step, dump, step.world
         self.show, self.checks_each_step, self.ids = config.progress and self.world.is_first, config.detect_anomaly, ids
         self.is_scaled, self.device = step.scaler.is_enabled(), step.student.device
         self.path = Path(config.output_dir) / "log.jsonl" if self.world.is_first else Path(os.devnull)
@@ -746,7 +854,7 @@ class _Log:
         self.history: list[dict] = []
         self.steps = self.tokens = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
-        self.unchecked: list[tuple[int, dict[str, Tensor], list[Tensor]]] = []
+        self.unchecked: list[tuple[int, dict[str, Tensor], list[Tensor], _Before]] = []
         self.start_window()
 
     def __enter__(self) -> "_Log":
@@ -781,14 +889,15 @@ class _Log:
         self.window_steps = self.window_tokens = 0
         self.since = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], batches: tuple[Prepared, ...]) -> None:
+    def add(
+        self, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], batches: tuple[Prepared, ...], before: _Before
+    ) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.window_tokens += sum(batch.part.all_tokens for batch in batches)
         self.window_steps += 1
         self.steps += 1
-        norms = {f"gradient of {name}": value for name, value in grad_norms.items()}
-        self.unchecked.append((self.steps, losses | norms, [batch.index for batch in batches]))
+        self.unchecked.append((self.steps, numbers(losses, grad_norms), [batch.index for batch in batches], before))
         if self.checks_each_step:
             self.check()
         self.bar.update()
@@ -800,29 +909,39 @@ class _Log:
         not its doing.
 
         Raises:
-            FloatingPointError: names the first step that was not, what in it was not, and its examples.
+            FloatingPointError: names the first step that was not, what in it was not, its examples, and the command
+                that runs it again.
         """
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked:
             return
-        rows = torch.stack([_joined(values) for _, values, _ in unchecked]).isfinite().tolist()
-        for (step, values, index), row in zip(unchecked, rows, strict=True):
-            if all(row):
+        rows = torch.stack([_joined(values) for _, values, *_ in unchecked]).isfinite().all(dim=1).tolist()
+        for place, ((step, values, index, before), is_finite) in enumerate(zip(unchecked, rows, strict=True)):
+            if is_finite:
                 self.skipped_in_a_row = 0
                 continue
             if self.is_scaled and self.skipped_in_a_row < _MOST_SKIPPED:
                 self.skipped += 1
                 self.skipped_in_a_row += 1
                 continue
-            names = [
-                f"{name}[{i}]" if value.dim() else name for name, value in values.items() for i in range(value.numel())
-            ]
-            parts = [name for name, is_finite in zip(names, row, strict=True) if not is_finite]
-            parts_of_batch = self.world.gather(torch.cat(index))  # losses are everybody's, so all come here
-            examples = list(dict.fromkeys(self.ids[torch.cat(parts_of_batch).numpy()].tolist()))
-            raise FloatingPointError(
-                f"step {step}: not finite: {', '.join(parts)}; ids of its examples: {', '.join(map(str, examples))}"
-            )
+            parts, index = not_finite(values), self._whole(index)
+            examples = self.ids[torch.cat(index).numpy()].tolist()
+            # The scaler skips such a step, and only such; without one, it and all after it are held.
+            is_kept = any(part.startswith("gradient") for part in parts)
+            is_kept &= not any(rows[place:]) if self.is_scaled else self.step.holds
+            weights = "before the step" if is_kept else f"after step {self.steps}"
+            told = f"step {step}: not finite: {', '.join(parts)}; ids of its examples: {', '.join(map(str, examples))}"
+            try:
+                path = self.world.first(self.dump, self.path, _Broken(step, parts, examples, index, before, weights))
+            except Exception as error:  # whatever it is, what is to be told is the numbers
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                raise FloatingPointError(f"{told}; no dump of it could be written ({why})") from error
+            raise FloatingPointError(f"{told}; lad-fast replay {shlex.quote(str(path))} runs it again")
+
+    def _whole(self, index: list[Tensor]) -> list[Tensor]:
+        """Of each batch, the examples of all processes: the numbers are everybody's, so all come here."""
+        gathered = (torch.cat(parts).tolist() for parts in zip(*self.world.gather(index), strict=True))
+        return [torch.tensor(list(dict.fromkeys(places))) for places in gathered]
 
     def write_losses(self, epoch: int, learning_rates: list[float]) -> None:
         """Mean losses since the last line; but for checkpoints the one place that reads them from the device.
@@ -852,6 +971,10 @@ class _Log:
         self.start_window()
 
     def write_metrics(self, record: dict) -> None:
+        for i, gate in enumerate(record.get("gates", ())):
+            told = any(earlier["gates"][i]["state"] == gate["state"] for earlier in self.history)
+            if gate["state"] is not None and not told and self.world.is_first:
+                _LOG.warning("step %d: %s", self.steps, _gate_warning(i, gate))
         self.history.append(record)
         self._write(record)
         if self.show:
@@ -868,6 +991,11 @@ class _Log:
             self.file.flush()
         except OSError as error:
             raise OSError(f"{self.path} could not be written ({error})") from error
+
+
+def numbers(losses: dict[str, Tensor], grad_norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a step must be finite, by the names that messages use."""
+    return losses | {f"gradient of {name}": value for name, value in grad_norms.items()}
 
 
 def _joined(values: dict[str, Tensor]) -> Tensor:

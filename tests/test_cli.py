@@ -92,6 +92,9 @@ WRONG_CALLS = [
     (["demo", "--teacher-steps", "0"], ["teacher_steps", "0"]),
     (["demo", "--student-steps", "-3"], ["student_steps", "-3"]),
     (["doctor", "--task", "rte"], ["--task"]),
+    (["replay"], ["PATH", "not-finite-step-N"]),
+    (["replay", "{root}/absent"], ["absent", "not-finite-step-N"]),
+    (["replay", "{model}"], ["model", "not-finite-step-N"]),
     (train("finetune", batch_size="many"), ["--batch-size", "many"]),
     (train("finetune", batch_size=0), ["batch_size", "0"]),
     (train("finetune", epochs=0), ["epochs", "0"]),
@@ -170,6 +173,7 @@ def test_wrong_call_in_a_process_of_its_own(tmp_path):
         ("distill", ["(default: 1000.0)", "{None,triton,torch,reference}", "--no-mask-padding", "(default: 10)"]),
         ("evaluate", ["(default: 64)", "one line of JSON"]),
         ("predict", ["--output-dir PATH", "gluebenchmark.com"]),
+        ("replay", ["not-finite-step-N", "which of its tensors was the first"]),
         ("doctor", ["versions and devices"]),
     ],
 )

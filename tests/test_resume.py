@@ -157,6 +157,21 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, undisturbed, engine):
     assert len(tensors) > 20
 
 
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_compiled_encoders(tmp_path, undisturbed, monkeypatch):
+    options = {"compile": True, "epochs": 2}
+    tensors, log, results = undisturbed(**options)
+    add = training._Log.add
+    with monkeypatch.context() as patch:  # a hook would be compiled too, again at each call
+        patch.setattr(training._Log, "add", lambda log, *args: (add(log, *args), log.steps == 9 and send(15)()))
+        with pytest.raises(Interrupted):
+            train(tmp_path, **options)
+    train(tmp_path, **options)
+    found = outcome(tmp_path)
+    assert found[1:] == (log, results)
+    assert found[0] == tensors
+
+
 def attempt(folder, **options):
     """Start the run in a process of its own: no import to wait for, and nothing shared but the folder."""
     pid = os.fork()
@@ -706,7 +721,8 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path, objectives, precision
         train(tmp_path, hook=hook, **options)
     parts = "loss, hidden_loss, hidden_losses[1], gradient of student, gradient of gates[0], gradient of gates[1], "
     parts += "gradient of gates[2]"
-    assert str(error.value) == f"step 5: not finite: {parts}; ids of its examples: {first_epochs_ids(4)}"
+    told = f"step 5: not finite: {parts}; ids of its examples: {first_epochs_ids(4)}"
+    assert str(error.value) == f"{told}; lad-fast replay {tmp_path}/not-finite-step-5 runs it again"
     assert len(calls) == (5 if at_once else 6)  # log_every is 3
 
 
@@ -715,7 +731,8 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, objectives):
     with pytest.raises(FloatingPointError) as error:
         train(tmp_path, hook=spoil, gradient_accumulation_steps=2)
     examples = f"{first_epochs_ids(4)}, {first_epochs_ids(5)}"  # the third step's two batches
-    assert str(error.value) == f"step 3: not finite: gradient of gates[1]; ids of its examples: {examples}"
+    told = f"step 3: not finite: gradient of gates[1]; ids of its examples: {examples}"
+    assert str(error.value) == f"{told}; lad-fast replay {tmp_path}/not-finite-step-3 runs it again"
 
 
 def test_no_checkpoint_is_made_of_numbers_that_are_not_finite(tmp_path, objectives):
