@@ -64,6 +64,9 @@ def fused_aggregate(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, layer index, bound or back end that does not fit.
     """
+    check_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; it takes a number of at least 0")
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
     if chain.backend == "reference":
         where = (attention_mask, chain.cu_seqlens)
@@ -109,6 +112,7 @@ def fused_hidden_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, length, reduction or back end that does not fit.
     """
+    check_number("weight", weight)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it takes 'sum' or 'none'")
     student, targets = _check_pairs(student_hidden_states, aggregates, attention_mask)
@@ -142,6 +146,7 @@ def chain_loss(
 
     Arguments are those of the two; no layer stands twice in ``layers``.
     """
+    check_number("weight", weight)
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, memory, backend)
     positions = chain.positions()
     if chain.backend == "reference" or max(positions) == 0:
@@ -213,6 +218,9 @@ def fused_distill_loss(
         raise ValueError("teacher_logits requires grad, but the loss gives it none; pass teacher_logits.detach()")
     for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels)):
         _check_same_device(name, tensor, "student_logits", student_logits)
+    numbers = (("temperature", temperature), ("soft_weight", soft_weight), ("hard_weight", hard_weight))
+    for name, value in numbers:
+        check_number(name, value)
     if not regression and not temperature > 0:
         raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
     _check_labels(labels, student_logits, regression)
@@ -320,6 +328,14 @@ def _check_float(name: str, tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; it takes a tensor")
     if tensor.dtype not in (torch.float32, torch.float64, *_HALF):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it takes float32, bfloat16, float16 or float64")
+
+
+def check_number(name: str, value) -> None:
+    """A Python, NumPy or symbolic number, or a tensor of one."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name} is a Tensor of shape {tuple(value.shape)}; it takes a number")
+    if value is None or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; it takes a number"[:200])
 
 
 def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

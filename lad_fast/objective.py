@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, chain_loss, fused_distill_loss
+from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_number, fused_distill_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -59,16 +59,19 @@ class LADObjective(nn.Module):
         super().__init__()
         if not isinstance(gates, GateStack):
             raise TypeError(f"gates is a {type(gates).__name__}; it takes a GateStack")
-        if not isinstance(num_student_layers, int) or not 1 <= num_student_layers <= gates.num_layers:
+        is_count = isinstance(num_student_layers, int) and not isinstance(num_student_layers, bool)
+        if not is_count or not 1 <= num_student_layers <= gates.num_layers:
             raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {gates.num_layers}")
+        check_number("temperature", temperature)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
         weights = {"soft_weight": soft_weight, "hard_weight": hard_weight, "hidden_weight": hidden_weight}
         for name, value in weights.items():
+            check_number(name, value)
             if not value >= 0:
                 raise ValueError(f"{name} is {value!r}; it takes a number of at least 0")
-        if student_hidden_size is not None and student_hidden_size < 1:
-            raise ValueError(f"student_hidden_size is {student_hidden_size}; it takes an integer of at least 1")
+        if student_hidden_size is not None and not (type(student_hidden_size) is int and student_hidden_size >= 1):
+            raise ValueError(f"student_hidden_size is {student_hidden_size!r}; it takes an integer of at least 1")
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
         if memory not in MEMORY:
