@@ -202,8 +202,8 @@ def fused_distill_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, label, temperature or back end that does not fit; a trainable teacher.
     """
-    _check_float("student_logits", student_logits)
-    _check_float("teacher_logits", teacher_logits)
+    check_float("student_logits", student_logits)
+    check_float("teacher_logits", teacher_logits)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}; it takes a tensor")
     if student_logits.numel() == 0:
@@ -323,7 +323,7 @@ def _ndim(hidden_states) -> int | None:
     return None
 
 
-def _check_float(name: str, tensor) -> None:
+def check_float(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it takes a tensor")
     if tensor.dtype not in (torch.float32, torch.float64, *_HALF):
@@ -352,7 +352,7 @@ def _check_hidden_states(name: str, hidden_states, packed: bool) -> list[Tensor]
     if not hidden_states:
         raise ValueError(f"{name} is empty; it takes one tensor a layer")
     for i, h in enumerate(hidden_states):
-        _check_float(f"{name}[{i}]", h)
+        check_float(f"{name}[{i}]", h)
         if h.dim() != (2 if packed else 3):
             takes = "(tokens, D), since cu_seqlens is given" if packed else "(B, S, D), or (tokens, D) with cu_seqlens"
             raise ValueError(f"{name}[{i}] has shape {tuple(h.shape)}; it takes {takes}")

@@ -1,10 +1,12 @@
 """The training objective of LAD as a module."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_number, fused_distill_loss
+from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_float, check_number, fused_distill_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -123,6 +125,10 @@ class LADObjective(nn.Module):
         teacher_hidden_states, teacher_logits = _unpack("teacher", teacher_hidden_states, teacher_logits)
         if labels is None:
             raise ValueError("labels is None; it takes a tensor (B,)")
+        if not isinstance(student_hidden_states, Sequence | Tensor) or isinstance(student_hidden_states, str | bytes):
+            raise TypeError(
+                f"student_hidden_states is a {type(student_hidden_states).__name__}; it takes a sequence of tensors"
+            )
         if len(student_hidden_states) != self.num_student_layers:
             raise ValueError(
                 f"student_hidden_states holds {len(student_hidden_states)} tensors; it takes "
@@ -130,6 +136,8 @@ class LADObjective(nn.Module):
             )
         backend = backend or self.backend
         if self.projections is not None:
+            for i, h in enumerate(student_hidden_states):
+                _check_projected(f"student_hidden_states[{i}]", h, self.projections[i].weight)
             student_hidden_states = [
                 project(h) for project, h in zip(self.projections, student_hidden_states, strict=True)
             ]
@@ -143,6 +151,18 @@ class LADObjective(nn.Module):
         )  # fmt: skip
         hidden_loss = hidden_losses.sum()
         return LADOutput(hidden_loss + logits_loss, hidden_loss, logits_loss, hidden_losses.detach())
+
+
+def _check_projected(name: str, hidden, weight: Tensor) -> None:
+    check_float(name, hidden)
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(hidden.shape)}; the projections take D' = {weight.shape[1]}")
+    if hidden.device != weight.device:
+        raise ValueError(f"{name} is on {hidden.device}; the projections are on {weight.device}")
+    # Autocast takes any pair but float64, which it leaves as it is.
+    casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    if hidden.dtype != weight.dtype and not casts:
+        raise TypeError(f"{name} has dtype {hidden.dtype}; the projections are {weight.dtype}")
 
 
 def _unpack(name: str, hidden_states, logits):

@@ -31,6 +31,11 @@ def distill(student=LOGITS, teacher=LOGITS, labels=LABELS, *rest, **options):
     return lambda: lad_fast.fused_distill_loss(student, teacher, labels, *rest, **options)
 
 
+def projected(student):
+    objective = LADObjective(STACK, 1, student_hidden_size=3, backend="torch")
+    return lambda: objective(student, *OUTPUTS[1:])
+
+
 def tensors(**changes):
     names = ("weight", "bias", "norm_weight", "norm_bias")
     return [changes.get(name, getattr(STACK, name).detach()) for name in names]
@@ -124,6 +129,10 @@ WRONG = {
     "student size a float": (
         lambda: LADObjective(STACK, 1, student_hidden_size=2.5), ValueError, "student_hidden_size is 2.5",
     ),
+    "no student states": (lambda: LADObjective(STACK, 1)(None, *OUTPUTS[1:]), TypeError, "student_hidden_states is a"),
+    "student states of another size": (projected([torch.randn(2, 5, 4)]), ValueError, r"student_hidden_states\[0\].*= 3"),
+    "student states of another dtype": (projected([torch.randn(2, 5, 3).double()]), TypeError, "float64.*float32"),
+    "no student state": (projected([None]), TypeError, r"student_hidden_states\[0\] is a NoneType"),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
