@@ -129,7 +129,13 @@ class GateStack(nn.Module):
 
         Returns:
             (L, L) float32; row l belongs to aggregate l, column j to teacher layer j; each row sums to 1.
+
+        Raises:
+            TypeError, ValueError: as :func:`lad_fast.fused_aggregate`; also a mask without a real token.
         """
+        from lad_fast.functional import check_contributions
+
+        check_contributions(hidden_states, self, attention_mask)
         chain = [h.float() for h in hidden_states]
         aggregates = reference.aggregate(chain, self, None, attention_mask)
         if self.reverse:

@@ -133,6 +133,16 @@ WRONG = {
     "student states of another size": (projected([torch.randn(2, 5, 4)]), ValueError, r"student_hidden_states\[0\].*= 3"),
     "student states of another dtype": (projected([torch.randn(2, 5, 3).double()]), TypeError, "float64.*float32"),
     "no student state": (projected([None]), TypeError, r"student_hidden_states\[0\] is a NoneType"),
+    "contributions of nothing": (lambda: STACK.contributions(None), TypeError, "hidden_states is a NoneType"),
+    "contributions of too few layers": (lambda: STACK.contributions(STATES[:2]), ValueError, "weight has shape"),
+    "contributions of another size": (lambda: STACK.contributions([h[..., :3] for h in STATES]), ValueError, "D = 3"),
+    "contributions of long examples": (lambda: STACK.contributions([torch.randn(2, 7, 4)] * 3), ValueError, "seq_len = 6"),
+    "contributions with a wrong mask": (
+        lambda: STACK.contributions(STATES, torch.ones(3, 3)), ValueError, "attention_mask has shape",
+    ),
+    "contributions of padding alone": (
+        lambda: STACK.contributions(STATES, torch.zeros(2, 5)), ValueError, "attention_mask has no real token",
+    ),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
