@@ -204,8 +204,7 @@ def fused_distill_loss(
     """
     check_float("student_logits", student_logits)
     check_float("teacher_logits", teacher_logits)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; it takes a tensor")
+    _check_tensor("labels", labels)
     if student_logits.numel() == 0:
         raise ValueError(f"student_logits is empty: shape {tuple(student_logits.shape)}")
     if student_logits.dim() != 2 and not (regression and student_logits.dim() == 1):
@@ -332,9 +331,15 @@ def _ndim(hidden_states) -> int | None:
     return None
 
 
-def check_float(name: str, tensor) -> None:
+def _check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it takes a tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; it takes a dense tensor")
+
+
+def check_float(name: str, tensor) -> None:
+    _check_tensor(name, tensor)
     if tensor.dtype not in (torch.float32, torch.float64, *_HALF):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it takes float32, bfloat16, float16 or float64")
 
@@ -406,8 +411,7 @@ def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor
     hidden_size = hidden.shape[-1]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     for name, tensor in zip(names, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"gates' {name} is a {type(tensor).__name__}; it takes a tensor")
+        _check_tensor(f"gates' {name}", tensor)
         if tensor.dtype != dtype:
             raise TypeError(
                 f"gates' {name} has dtype {tensor.dtype}; with {hidden.dtype} hidden_states it takes {dtype}"
@@ -452,8 +456,7 @@ def _check_layers(layers, num_layers: int) -> list[int]:
 
 
 def _check_mask(attention_mask, hidden: Tensor) -> None:
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it takes a tensor")
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != hidden.shape[:-1]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; hidden states of shape {tuple(hidden.shape)} "
@@ -468,6 +471,7 @@ def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor
         if not isinstance(cu_seqlens, Sequence) or not all(type(bound) is int for bound in cu_seqlens):
             raise TypeError("cu_seqlens takes a tensor or a sequence of integers")
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it takes int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:

@@ -143,6 +143,12 @@ WRONG = {
     "contributions of padding alone": (
         lambda: STACK.contributions(STATES, torch.zeros(2, 5)), ValueError, "attention_mask has no real token",
     ),
+    "hidden states sparse": (aggregate([h.to_sparse() for h in STATES]), TypeError, r"hidden_states\[0\].*sparse"),
+    "mask sparse": (aggregate(STATES, STACK, None, torch.ones(2, 5).to_sparse()), TypeError, "attention_mask.*sparse"),
+    "logits sparse": (distill(LOGITS.to_sparse()), TypeError, "student_logits.*sparse"),
+    "labels sparse": (distill(LOGITS, LOGITS, LABELS.to_sparse()), TypeError, "labels.*sparse"),
+    "gates sparse": (aggregate(STATES, tensors(bias=STACK.bias.detach().to_sparse())), TypeError, "bias.*sparse"),
+    "bounds sparse": (packed(None, torch.tensor([0, 5]).to_sparse()), TypeError, "cu_seqlens.*sparse"),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
