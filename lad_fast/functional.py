@@ -318,7 +318,8 @@ def check_contributions(hidden_states, gates, attention_mask) -> None:
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    # The meta device knows no autocast, and asking is an error.
+    if hidden.dtype == torch.float32 and not hidden.is_meta and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 

@@ -160,7 +160,8 @@ def _check_projected(name: str, hidden, weight: Tensor) -> None:
     if hidden.device != weight.device:
         raise ValueError(f"{name} is on {hidden.device}; the projections are on {weight.device}")
     # Autocast takes any pair but float64, which it leaves as it is.
-    casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    casts = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
+    casts = casts and torch.float64 not in (hidden.dtype, weight.dtype)
     if hidden.dtype != weight.dtype and not casts:
         raise TypeError(f"{name} has dtype {hidden.dtype}; the projections are {weight.dtype}")
 

@@ -177,3 +177,16 @@ def test_default_back_end_follows_the_device_and_the_interpreter():
         environment = {"TRITON_INTERPRET": value, "PATH": "/usr/bin"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_shapes_on_the_meta_device(backend):
+    """Where models are laid out before there is memory for them."""
+    gates = GateStack(3, 4, 6).to("meta")
+    objective = LADObjective(gates, 2, student_hidden_size=3, backend=backend).to("meta")
+    student = [torch.randn(2, 5, 3, device="meta", requires_grad=True) for _ in range(2)]
+    teacher, logits, labels = [h.to("meta") for h in STATES], LOGITS.to("meta"), LABELS.to("meta")
+    out = objective(student, teacher, logits, logits, labels)
+    out.loss.backward()
+    assert out.loss.is_meta and student[0].grad.shape == (2, 5, 3)
+    assert [a.shape for a in lad_fast.fused_aggregate(teacher, gates, backend=backend)] == [(2, 5, 4)] * 3
