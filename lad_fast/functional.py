@@ -508,17 +508,24 @@ def _check_labels(labels: Tensor, student_logits: Tensor, regression: bool) -> N
         raise TypeError(f"labels has dtype {labels.dtype}; classification takes int64")
     if labels.shape != (batch_size,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it takes ({batch_size},)")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_transform():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= student_logits.shape[1]:
             wrong = low if low < 0 else high
             raise ValueError(f"labels holds {wrong}; student_logits has classes 0 to {student_logits.shape[1] - 1}")
 
 
+def _in_transform() -> bool:
+    """Inside vmap, grad or another transform of torch.func, where a tensor's numbers may not be read."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _check_backend(backend: str | None, *tensors: Tensor) -> str:
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
     float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if backend != "reference" and _in_transform():
+        raise ValueError(f"backend {backend or 'torch'!r} cannot run inside torch.func; use backend='reference'")
     if backend == "triton":
         if float64:
             raise TypeError("backend 'triton' takes float32, bfloat16 or float16, got float64; use backend='torch'")

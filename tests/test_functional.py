@@ -190,3 +190,18 @@ def test_shapes_on_the_meta_device(backend):
     out.loss.backward()
     assert out.loss.is_meta and student[0].grad.shape == (2, 5, 3)
     assert [a.shape for a in lad_fast.fused_aggregate(teacher, gates, backend=backend)] == [(2, 5, 4)] * 3
+
+
+def test_transforms_of_torch_func_take_the_reference():
+    def loss(logits, labels=LABELS, backend="reference"):
+        return lad_fast.fused_distill_loss(logits, LOGITS, labels, backend=backend)
+
+    student = LOGITS + 1 - LOGITS.flip(0)
+    leaf = student.clone().requires_grad_()
+    (right,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(student), right)
+    both = torch.func.vmap(loss)(torch.stack([student, LOGITS]), torch.stack([LABELS, LABELS.flip(0)]))
+    torch.testing.assert_close(both, torch.stack([loss(student), loss(LOGITS, LABELS.flip(0))]))
+    for transform, argument in ((torch.func.grad, student), (torch.func.vmap, student[None])):
+        with pytest.raises(ValueError, match=r"backend 'torch' cannot run.*backend='reference'"):
+            transform(lambda logits: loss(logits, backend="torch"))(argument)
