@@ -68,6 +68,7 @@ def fused_aggregate(
     if not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it takes a number of at least 0")
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
+    _check_kept(chain.gates, hidden_states=chain.hidden_states)
     if chain.backend == "reference":
         where = (attention_mask, chain.cu_seqlens)
         return reference.aggregate(
@@ -119,6 +120,7 @@ def fused_hidden_loss(
     backend = _check_backend(backend, student[0], targets[0])
     if backend == "reference":
         return reference.hidden_loss(student, targets, attention_mask, weight, reduction=reduction)
+    _check_kept((), student_hidden_states=student, aggregates=targets)
     rows = student[0].shape[-1]
     losses = ops.hidden_loss(
         [h.reshape(-1, rows) for h in student],
@@ -157,6 +159,8 @@ def chain_loss(
     states = chain.states()
     student, _ = _check_pairs(student_hidden_states, [states[0]] * len(positions), attention_mask)
     _check_backend(backend, student[0])
+    if any(tensor.requires_grad for tensor in (*chain.gates, *chain.hidden_states)):  # else differences are kept
+        _check_kept(chain.gates, hidden_states=chain.hidden_states, student_hidden_states=student)
     hidden, *parameters = chain.tensors(states, max(positions))
     return ops.chain_loss(
         hidden,
@@ -380,6 +384,20 @@ def _check_hidden_states(name: str, hidden_states, packed: bool) -> list[Tensor]
     if hidden_states[0].numel() == 0:
         raise ValueError(f"{name}[0] is empty: shape {tuple(hidden_states[0].shape)}")
     return list(hidden_states)
+
+
+def _check_kept(others: Sequence[Tensor], **kept: list[Tensor]) -> None:
+    """Autograd keeps no inference tensors, so that none may be among what a backward needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    named = [(f"{name}[{i}]", tensor) for name, tensors in kept.items() for i, tensor in enumerate(tensors)]
+    if any(tensor.requires_grad for tensor in (*others, *(tensor for _, tensor in named))):
+        for name, tensor in named:
+            if tensor.is_inference():
+                raise ValueError(
+                    f"{name} is an inference tensor, which autograd cannot keep; make it under torch.no_grad() instead "
+                    "of torch.inference_mode(), or clone it"
+                )
 
 
 def _check_pairs(student_hidden_states, aggregates, attention_mask) -> tuple[list[Tensor], list[Tensor]]:

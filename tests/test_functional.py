@@ -205,3 +205,23 @@ def test_transforms_of_torch_func_take_the_reference():
     for transform, argument in ((torch.func.grad, student), (torch.func.vmap, student[None])):
         with pytest.raises(ValueError, match=r"backend 'torch' cannot run.*backend='reference'"):
             transform(lambda logits: loss(logits, backend="torch"))(argument)
+
+
+def test_inference_tensors_that_autograd_would_keep_are_named():
+    with torch.inference_mode():
+        teacher = [h.clone() for h in STATES]
+    student = [h.clone().requires_grad_() for h in STATES[:2]]
+    objective = LADObjective(GateStack(3, 4, 6), 2, backend="torch")
+    arguments = student, teacher, LOGITS, LOGITS, LABELS
+    for call in (
+        lambda: objective(*arguments),
+        aggregate(teacher, backend="torch"),
+        aggregate(teacher, backend="reference"),
+        hidden(student, teacher[:2], backend="torch"),
+    ):
+        with pytest.raises(ValueError, match=r"(hidden_states|aggregates)\[0\] is an inference tensor.*no_grad"):
+            call()
+    objective.requires_grad_(False)(*arguments).loss.backward()  # keeps differences alone
+    assert student[0].grad.any()
+    with torch.no_grad():
+        aggregate(teacher, backend="torch")()
