@@ -219,6 +219,8 @@ class GateStack(nn.Module):
         """Write ``gates.safetensors`` with the configuration in its metadata."""
         from safetensors.torch import save_file
 
+        if self.weight.is_meta:
+            raise ValueError("gates are on the meta device and hold no numbers; move them by to_empty() and load some")
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, Path(folder) / _FILE_NAME, metadata={"config": json.dumps(self.config)})

@@ -225,3 +225,9 @@ def test_inference_tensors_that_autograd_would_keep_are_named():
     assert student[0].grad.any()
     with torch.no_grad():
         aggregate(teacher, backend="torch")()
+
+
+def test_gates_without_numbers_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="gates are on the meta device"):
+        GateStack(3, 4, 6).to("meta").save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
