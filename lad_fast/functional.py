@@ -221,6 +221,7 @@ def fused_distill_loss(
         raise ValueError("teacher_logits requires grad, but the loss gives it none; pass teacher_logits.detach()")
     for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels)):
         _check_same_device(name, tensor, "student_logits", student_logits)
+    check_flag("regression", regression)
     numbers = (("temperature", temperature), ("soft_weight", soft_weight), ("hard_weight", hard_weight))
     for name, value in numbers:
         check_number(name, value)
@@ -291,6 +292,7 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     first, num_layers = hidden_states[0], len(hidden_states)
     if reverse is None:  # a list of tensors has a method of that name
         reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
+    check_flag("reverse", reverse)
     gates = _check_gates(gates, first, num_layers)
     layers = _check_layers(layers, num_layers)
     if memory not in MEMORY:
@@ -334,6 +336,11 @@ def _ndim(hidden_states) -> int | None:
     if isinstance(hidden_states, Sequence) and hidden_states and isinstance(hidden_states[0], Tensor):
         return hidden_states[0].dim()
     return None
+
+
+def check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it takes True or False"[:200])
 
 
 def _check_tensor(name: str, tensor) -> None:

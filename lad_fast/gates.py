@@ -86,8 +86,10 @@ class GateStack(nn.Module):
                 raise ValueError(f"{name} is {value!r}; it takes an integer of at least {least}")
         if norm not in ("sequence", "token"):
             raise ValueError(f"norm is {norm!r}; it takes 'sequence' or 'token'")
+        if not isinstance(reverse, bool):
+            raise ValueError(f"reverse is {reverse!r}; it takes True or False")
         self.num_layers, self.hidden_size, self.seq_len = num_layers, hidden_size, seq_len
-        self.norm, self.reverse = norm, bool(reverse)
+        self.norm, self.reverse = norm, reverse
         shapes = _shapes(num_layers, hidden_size, seq_len, norm)
         self.weight = nn.Parameter(torch.empty(shapes["weight"]))
         self.bias = nn.Parameter(torch.empty(shapes["bias"]))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_float, check_number, fused_distill_loss
+from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_flag, check_float, check_number, fused_distill_loss
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -78,6 +78,7 @@ class LADObjective(nn.Module):
             raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
         if memory not in MEMORY:
             raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
+        check_flag("regression", regression)
         self.gates = gates
         self.num_student_layers = num_student_layers
         self.temperature, self.regression = temperature, regression
