@@ -304,6 +304,8 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
         cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
+        if backend == "reference" and cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens is on the meta device; backend 'reference' reads its numbers, 'torch' does not")
     elif seq_len is not None and first.shape[1] > seq_len:
         raise ValueError(
             f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"

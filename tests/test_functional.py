@@ -153,6 +153,10 @@ WRONG = {
     "regression none": (distill(regression=None), TypeError, "regression is None"),
     "objective's regression": (lambda: LADObjective(STACK, 1, regression=()), TypeError, r"regression is \(\)"),
     "stack's reverse": (lambda: GateStack(3, 4, reverse=torch.ones(2)), ValueError, "reverse is tensor"),
+    "bounds without numbers": (
+        aggregate([h[0].to("meta") for h in STATES], GateStack(3, 4, 6).to("meta"), None, None, [0, 5], backend="reference"),
+        ValueError, "cu_seqlens is on the meta device",
+    ),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
