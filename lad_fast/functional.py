@@ -325,11 +325,15 @@ def check_contributions(hidden_states, gates, attention_mask) -> None:
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
+    return (hidden.dtype == torch.float32 and autocast_dtype(hidden)) or hidden.dtype
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the tensor's device; None where it is off."""
+    device = tensor.device.type
     # The meta device knows no autocast, and asking is an error.
-    if hidden.dtype == torch.float32 and not hidden.is_meta and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    is_on = not tensor.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 def _ndim(hidden_states) -> int | None:
@@ -553,6 +557,10 @@ def _check_backend(backend: str | None, *tensors: Tensor) -> str:
     float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if backend != "reference" and _in_transform():
         raise ValueError(f"backend {backend or 'torch'!r} cannot run inside torch.func; use backend='reference'")
+    if backend == "reference" and (cast := autocast_dtype(tensors[0])) is not None:
+        for tensor in tensors:  # PyTorch's own stack and norm fail there
+            if tensor.dtype not in (torch.float32, cast):
+                raise TypeError(f"backend 'reference' takes float32 or {cast} under autocast, got {tensor.dtype}")
     if backend == "triton":
         if float64:
             raise TypeError("backend 'triton' takes float32, bfloat16 or float16, got float64; use backend='torch'")

@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, chain_loss, check_flag, check_float, check_number, fused_distill_loss
+from lad_fast.functional import (
+    BACKENDS,
+    MEMORY,
+    autocast_dtype,
+    chain_loss,
+    check_flag,
+    check_float,
+    check_number,
+    fused_distill_loss,
+)
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -161,8 +169,7 @@ def _check_projected(name: str, hidden, weight: Tensor) -> None:
     if hidden.device != weight.device:
         raise ValueError(f"{name} is on {hidden.device}; the projections are on {weight.device}")
     # Autocast takes any pair but float64, which it leaves as it is.
-    casts = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
-    casts = casts and torch.float64 not in (hidden.dtype, weight.dtype)
+    casts = autocast_dtype(hidden) is not None and torch.float64 not in (hidden.dtype, weight.dtype)
     if hidden.dtype != weight.dtype and not casts:
         raise TypeError(f"{name} has dtype {hidden.dtype}; the projections are {weight.dtype}")
 

@@ -33,7 +33,7 @@ def aggregate(hidden_states, gates, layers=None, attention_mask=None, cu_seqlens
     for i, layer in enumerate(chain[1:]):
         previous, dtype = aggregates[-1], layer.dtype
         gate = torch.sigmoid(F.linear(previous, weight[i].to(dtype), bias[i].to(dtype)))
-        blend = (gate * layer + (1 - gate) * previous).to(dtype)  # under autocast the gate may have another one
+        blend = gate * layer + (1 - gate) * previous
         aggregates.append(
             _layer_norm(blend, norm_weight[i].to(dtype), norm_bias[i].to(dtype), attention_mask, cu_seqlens, eps)
         )
