@@ -138,6 +138,8 @@ class LADObjective(nn.Module):
             raise TypeError(
                 f"student_hidden_states is a {type(student_hidden_states).__name__}; it takes a sequence of tensors"
             )
+        if isinstance(student_hidden_states, Tensor) and student_hidden_states.dim() == 0:
+            raise ValueError("student_hidden_states has shape (); it takes one tensor a layer")
         if len(student_hidden_states) != self.num_student_layers:
             raise ValueError(
                 f"student_hidden_states holds {len(student_hidden_states)} tensors; it takes "

@@ -157,6 +157,9 @@ WRONG = {
         aggregate([h[0].to("meta") for h in STATES], GateStack(3, 4, 6).to("meta"), None, None, [0, 5], backend="reference"),
         ValueError, "cu_seqlens is on the meta device",
     ),
+    "student states a number": (
+        lambda: LADObjective(STACK, 1)(torch.tensor(1.0), *OUTPUTS[1:]), ValueError, "student_hidden_states has shape",
+    ),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
