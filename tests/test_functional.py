@@ -259,3 +259,11 @@ def test_the_reference_refuses_other_dtypes_under_autocast(dtype):
             with pytest.raises(TypeError, match=r"backend 'reference' takes float32 or torch.bfloat16 under"):
                 call(backend="reference")
             call(backend="torch")
+
+
+def test_student_states_are_cast_to_the_projections_by_autocast():
+    objective = LADObjective(STACK, 1, student_hidden_size=3, backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        objective([torch.randn(2, 5, 3).half()], *OUTPUTS[1:])
+        with pytest.raises(TypeError, match="float64.*float32"):
+            objective([torch.randn(2, 5, 3).double()], *OUTPUTS[1:])
