@@ -508,6 +508,8 @@ def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it takes int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it takes (B + 1,) with B at least 1")
+    if cu_seqlens.is_meta:  # from a CPU or a GPU they are copied
+        _check_same_device("cu_seqlens", cu_seqlens, "hidden_states", hidden)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != hidden.shape[0]:

@@ -160,6 +160,7 @@ WRONG = {
     "student states a number": (
         lambda: LADObjective(STACK, 1)(torch.tensor(1.0), *OUTPUTS[1:]), ValueError, "student_hidden_states has shape",
     ),
+    "bounds elsewhere": (packed(None, torch.tensor([0, 5], device="meta")), ValueError, "cu_seqlens is on meta"),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
