@@ -500,7 +500,7 @@ def _check_mask(attention_mask, hidden: Tensor) -> None:
 def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor:
     """Bounds as an int32 tensor beside ``hidden``; checked where they can be read without a device sync."""
     if not isinstance(cu_seqlens, Tensor):
-        if not isinstance(cu_seqlens, Sequence) or not all(type(bound) is int for bound in cu_seqlens):
+        if not isinstance(cu_seqlens, Sequence) or isinstance(cu_seqlens, bytes) or not all(type(bound) is int for bound in cu_seqlens):
             raise TypeError("cu_seqlens takes a tensor or a sequence of integers")
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     _check_tensor("cu_seqlens", cu_seqlens)

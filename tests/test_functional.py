@@ -161,6 +161,7 @@ WRONG = {
         lambda: LADObjective(STACK, 1)(torch.tensor(1.0), *OUTPUTS[1:]), ValueError, "student_hidden_states has shape",
     ),
     "bounds elsewhere": (packed(None, torch.tensor([0, 5], device="meta")), ValueError, "cu_seqlens is on meta"),
+    "bounds in bytes": (packed(None, b"\x00\x05"), TypeError, "cu_seqlens takes"),
     "no labels": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:4]), ValueError, "labels is None"),
     "no logits": (lambda: LADObjective(STACK, 1)(*OUTPUTS[:2]), ValueError, "student_logits is None"),
 }  # fmt: skip
