@@ -142,6 +142,8 @@ class DistillStep:
         Returns:
             Mean losses by name, detached and on the device: reading them is the caller's wait.
         """
+        if not batches:
+            raise ValueError("batches is empty; a step takes at least one")
         batches = [batch if isinstance(batch, Prepared) else self.prepare(batch) for batch in batches]
         num_examples = sum(len(batch.labels) for batch in batches)
         totals: dict[str, Tensor] = {}

@@ -331,6 +331,12 @@ def test_teacher_and_its_mode_stay_as_they_are():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_over_no_batch_is_refused(precision):
+    with pytest.raises(ValueError, match="batches is empty"):
+        make_step(precision=precision)()
+
+
 def test_projections_are_trained_with_the_student():
     step = make_step(student_hidden_size=8)
     before = [projection.weight.clone() for projection in step.objective.projections]
