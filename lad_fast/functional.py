@@ -6,6 +6,7 @@ backward in in-place PyTorch calls, on any device). "reference" is :mod:`lad_fas
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -305,7 +306,7 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
         cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
         if backend == "reference" and cu_seqlens.is_meta:
-            raise ValueError("cu_seqlens is on the meta device; backend 'reference' reads its numbers, 'torch' does not")
+            raise ValueError("cu_seqlens is on the meta device; backend 'reference' reads it, 'torch' does not")
     elif seq_len is not None and first.shape[1] > seq_len:
         raise ValueError(
             f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"
@@ -364,9 +365,11 @@ def check_float(name: str, tensor) -> None:
 
 def check_number(name: str, value) -> None:
     """A Python, NumPy or symbolic number, or a tensor of one."""
+    if isinstance(value, int | float | Real):
+        return
     if isinstance(value, Tensor) and value.numel() != 1:
         raise TypeError(f"{name} is a Tensor of shape {tuple(value.shape)}; it takes a number")
-    if value is None or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+    if not isinstance(value, Tensor | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is {value!r}; it takes a number"[:200])
 
 
@@ -500,7 +503,8 @@ def _check_mask(attention_mask, hidden: Tensor) -> None:
 def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor:
     """Bounds as an int32 tensor beside ``hidden``; checked where they can be read without a device sync."""
     if not isinstance(cu_seqlens, Tensor):
-        if not isinstance(cu_seqlens, Sequence) or isinstance(cu_seqlens, bytes) or not all(type(bound) is int for bound in cu_seqlens):
+        is_sequence = isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, bytes)
+        if not is_sequence or not all(type(bound) is int for bound in cu_seqlens):
             raise TypeError("cu_seqlens takes a tensor or a sequence of integers")
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     _check_tensor("cu_seqlens", cu_seqlens)

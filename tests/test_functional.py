@@ -8,6 +8,7 @@ import torch
 
 import lad_fast
 from lad_fast import GateStack, LADObjective
+from lad_fast.functional import chain_loss
 
 STACK = GateStack(3, 4, 6)
 STATES = [torch.randn(2, 5, 4) for _ in range(3)]
@@ -154,7 +155,9 @@ WRONG = {
     "objective's regression": (lambda: LADObjective(STACK, 1, regression=()), TypeError, r"regression is \(\)"),
     "stack's reverse": (lambda: GateStack(3, 4, reverse=torch.ones(2)), ValueError, "reverse is tensor"),
     "bounds without numbers": (
-        aggregate([h[0].to("meta") for h in STATES], GateStack(3, 4, 6).to("meta"), None, None, [0, 5], backend="reference"),
+        aggregate(
+            [h[0].to("meta") for h in STATES], GateStack(3, 4, 6).to("meta"), None, None, [0, 5], backend="reference"
+        ),
         ValueError, "cu_seqlens is on the meta device",
     ),
     "student states a number": (
@@ -267,5 +270,23 @@ def test_student_states_are_cast_to_the_projections_by_autocast():
     objective = LADObjective(STACK, 1, student_hidden_size=3, backend="torch")
     with torch.autocast("cpu", torch.bfloat16):
         objective([torch.randn(2, 5, 3).half()], *OUTPUTS[1:])
-        with pytest.raises(TypeError, match="float64.*float32"):
+        with pytest.raises(TypeError, match=r"float64.*float32"):
             objective([torch.randn(2, 5, 3).double()], *OUTPUTS[1:])
+
+
+def test_weights_may_be_symbolic_numbers_of_a_compiled_caller():
+    gates = [h.detach() for h in STACK.parameters()]
+
+    def losses(weight):
+        student = [h.flip(0) for h in STATES[:2]]
+        return torch.stack([
+            lad_fast.fused_hidden_loss(student, STATES[:2], None, weight, backend="torch"),
+            lad_fast.fused_distill_loss(LOGITS, LOGITS.flip(0), LABELS, weight, weight, weight, backend="torch"),
+            chain_loss(student, STATES, gates, (1, 2), None, None, weight, backend="torch").sum(),
+            lad_fast.fused_aggregate(STATES, gates, (2,), eps=weight, backend="torch")[0].sum(),
+        ])  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="aot_eager")
+    for weight in (0.5, 2.5):
+        torch.testing.assert_close(compiled(weight), losses(weight))
