@@ -23,7 +23,7 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	LAD_FAST_FUZZ_SECONDS=600 $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
-	$(BIN)/python -P benchmarks/reliability.py
+	$(BIN)/python benchmarks/reliability.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
