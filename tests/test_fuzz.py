@@ -942,8 +942,8 @@ def _changed_input(patch):
     patch.setattr(eager, "distill_loss_forward", lambda *args: (right(*args), args[1].add_(1))[0])
 
 
-def _unchecked_mask(patch):
-    patch.setattr(functional, "_check_mask", lambda *args: None)
+def _unchecked_argument(patch):
+    patch.setattr(functional, "check_float", lambda *args: None)
 
 
 def _forgotten_schedule(patch):
@@ -953,7 +953,7 @@ def _forgotten_schedule(patch):
 PLANTED = {
     "a wrong gradient": (PublicAPI, _wrong_gradient, "is off by"),
     "an input that is changed": (PublicAPI, _changed_input, "was changed"),
-    "an unchecked argument": (PublicAPI, _unchecked_mask, None),
+    "an unchecked argument": (PublicAPI, _unchecked_argument, None),
     "a schedule that is not loaded": (Training, _forgotten_schedule, None),
 }
 
@@ -965,5 +965,5 @@ def test_a_planted_bug_is_found(monkeypatch, machine, plant, message):
     found = settings(
         QUICK, max_examples=100, stateful_step_count=10, phases=[Phase.generate], report_multiple_bugs=False
     )
-    with pytest.raises((AssertionError, RuntimeError, IndexError), match=message):
+    with pytest.raises((AssertionError, RuntimeError, AttributeError), match=message):
         run_state_machine_as_test(machine, settings=found)
