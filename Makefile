@@ -1,13 +1,14 @@
 # make demo    trains a small teacher, distils it three ways, prints a table (under three minutes on two cores)
 # make test    the whole test suite
 # make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
+# make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench fuzz lint
 
 demo: $(INSTALLED)
 	$(BIN)/lad-fast demo
@@ -19,6 +20,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED)
+	LAD_FAST_FUZZ_SECONDS=600 $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/reliability.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

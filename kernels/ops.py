@@ -575,7 +575,8 @@ def hidden_loss(
     student: list[Tensor], targets: list[Tensor], *, row_mask: Tensor | None, weight: float, backend: str
 ) -> Tensor:
     """(K,) weighted mean squared errors of K pairs (T, D)."""
-    return _HiddenLoss.apply(len(student), row_mask, weight, backend, *student, *targets)
+    # Not a symbolic number: Dynamo then puts a Function's arguments in another order.
+    return _HiddenLoss.apply(len(student), row_mask, float(weight), backend, *student, *targets)
 
 
 @torch.library.custom_op("lad_fast::distill_loss_forward", mutates_args=())

@@ -6,6 +6,7 @@ backward in in-place PyTorch calls, on any device). "reference" is :mod:`lad_fas
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,11 @@ def fused_aggregate(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, layer index, bound or back end that does not fit.
     """
+    check_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; it takes a number of at least 0")
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
+    _check_kept(chain.gates, hidden_states=chain.hidden_states)
     if chain.backend == "reference":
         where = (attention_mask, chain.cu_seqlens)
         return reference.aggregate(
@@ -110,12 +115,14 @@ def fused_hidden_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, length, reduction or back end that does not fit.
     """
+    check_number("weight", weight)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it takes 'sum' or 'none'")
     student, targets = _check_pairs(student_hidden_states, aggregates, attention_mask)
     backend = _check_backend(backend, student[0], targets[0])
     if backend == "reference":
         return reference.hidden_loss(student, targets, attention_mask, weight, reduction=reduction)
+    _check_kept((), student_hidden_states=student, aggregates=targets)
     rows = student[0].shape[-1]
     losses = ops.hidden_loss(
         [h.reshape(-1, rows) for h in student],
@@ -141,10 +148,9 @@ class LogitsLoss(NamedTuple):
     def check(self, backend: str | None) -> str:
         """The back end that takes them; raises where none does."""
         student_logits, teacher_logits, labels = self[:3]
-        _check_float("student_logits", student_logits)
-        _check_float("teacher_logits", teacher_logits)
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels is a {type(labels).__name__}; it takes a tensor")
+        check_float("student_logits", student_logits)
+        check_float("teacher_logits", teacher_logits)
+        _check_tensor("labels", labels)
         if student_logits.numel() == 0:
             raise ValueError(f"student_logits is empty: shape {tuple(student_logits.shape)}")
         if student_logits.dim() != 2 and not (self.regression and student_logits.dim() == 1):
@@ -158,6 +164,9 @@ class LogitsLoss(NamedTuple):
             raise ValueError("teacher_logits requires grad, but the loss gives it none; pass teacher_logits.detach()")
         for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels)):
             _check_same_device(name, tensor, "student_logits", student_logits)
+        check_flag("regression", self.regression)
+        for name in ("temperature", "soft_weight", "hard_weight"):
+            check_number(name, getattr(self, name))
         if not self.regression and not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature!r}; it takes a number above 0")
         _check_labels(labels, student_logits, self.regression)
@@ -182,6 +191,7 @@ def chain_loss(
     Arguments are those of the two; no layer stands twice in ``layers``. With ``logits`` also
     :func:`fused_distill_loss`, and all sums: loss, hidden loss, logits loss, and the K terms.
     """
+    check_number("weight", weight)
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, memory, backend)
     positions = chain.positions()
     if student_hidden_states and isinstance(student_hidden_states[0], Tensor):
@@ -204,6 +214,8 @@ def chain_loss(
     states = chain.states()
     student, _ = _check_pairs(student_hidden_states, [states[0]] * len(positions), attention_mask)
     _check_backend(backend, student[0])
+    if any(tensor.requires_grad for tensor in (*chain.gates, *chain.hidden_states)):  # else differences are kept
+        _check_kept(chain.gates, hidden_states=chain.hidden_states, student_hidden_states=student)
     hidden, *parameters = chain.tensors(states, max(positions))
     return ops.chain_loss(
         hidden,
@@ -321,6 +333,7 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     first, num_layers = hidden_states[0], len(hidden_states)
     if reverse is None:  # a list of tensors has a method of that name
         reverse = not isinstance(gates, Sequence) and bool(getattr(gates, "reverse", False))
+    check_flag("reverse", reverse)
     gates = _check_gates(gates, first, num_layers)
     layers = _check_layers(layers, num_layers)
     if memory not in MEMORY:
@@ -332,6 +345,8 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
         cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
+        if backend == "reference" and cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens is on the meta device; backend 'reference' reads it, 'torch' does not")
     elif seq_len is not None and first.shape[1] > seq_len:
         raise ValueError(
             f"hidden_states have S = {first.shape[1]} tokens; the gates' norm takes at most seq_len = {seq_len}"
@@ -341,11 +356,25 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
 
 
+def check_contributions(hidden_states, gates, attention_mask) -> None:
+    """Arguments of :meth:`lad_fast.GateStack.contributions`, which takes states and gates of any float dtype."""
+    states = [h.float() for h in _check_hidden_states("hidden_states", hidden_states, packed=False)]
+    parameters = [getattr(gates, name).float() for name in ("weight", "bias", "norm_weight", "norm_bias")]
+    _check_chain(states, parameters, None, attention_mask, None, gates.reverse, "auto", "reference")
+    if attention_mask is not None and not attention_mask.is_meta and not (attention_mask != 0).any():
+        raise ValueError("attention_mask has no real token; the mean takes at least one")
+
+
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    return (hidden.dtype == torch.float32 and autocast_dtype(hidden)) or hidden.dtype
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the tensor's device; None where it is off."""
+    device = tensor.device.type
+    # The meta device knows no autocast, and asking is an error.
+    is_on = not tensor.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 def _ndim(hidden_states) -> int | None:
@@ -356,11 +385,32 @@ def _ndim(hidden_states) -> int | None:
     return None
 
 
-def _check_float(name: str, tensor) -> None:
+def check_flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it takes True or False"[:200])
+
+
+def _check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; it takes a tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; it takes a dense tensor")
+
+
+def check_float(name: str, tensor) -> None:
+    _check_tensor(name, tensor)
     if tensor.dtype not in (torch.float32, torch.float64, *_HALF):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it takes float32, bfloat16, float16 or float64")
+
+
+def check_number(name: str, value) -> None:
+    """A Python, NumPy or symbolic number, or a tensor of one."""
+    if isinstance(value, int | float | Real):
+        return
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name} is a Tensor of shape {tuple(value.shape)}; it takes a number")
+    if not isinstance(value, Tensor | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} is {value!r}; it takes a number"[:200])
 
 
 def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -377,7 +427,7 @@ def _check_hidden_states(name: str, hidden_states, packed: bool) -> list[Tensor]
     if not hidden_states:
         raise ValueError(f"{name} is empty; it takes one tensor a layer")
     for i, h in enumerate(hidden_states):
-        _check_float(f"{name}[{i}]", h)
+        check_float(f"{name}[{i}]", h)
         if h.dim() != (2 if packed else 3):
             takes = "(tokens, D), since cu_seqlens is given" if packed else "(B, S, D), or (tokens, D) with cu_seqlens"
             raise ValueError(f"{name}[{i}] has shape {tuple(h.shape)}; it takes {takes}")
@@ -390,6 +440,20 @@ def _check_hidden_states(name: str, hidden_states, packed: bool) -> list[Tensor]
     if hidden_states[0].numel() == 0:
         raise ValueError(f"{name}[0] is empty: shape {tuple(hidden_states[0].shape)}")
     return list(hidden_states)
+
+
+def _check_kept(others: Sequence[Tensor], **kept: list[Tensor]) -> None:
+    """Autograd keeps no inference tensors, so that none may be among what a backward needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    named = [(f"{name}[{i}]", tensor) for name, tensors in kept.items() for i, tensor in enumerate(tensors)]
+    if any(tensor.requires_grad for tensor in (*others, *(tensor for _, tensor in named))):
+        for name, tensor in named:
+            if tensor.is_inference():
+                raise ValueError(
+                    f"{name} is an inference tensor, which autograd cannot keep; make it under torch.no_grad() instead "
+                    "of torch.inference_mode(), or clone it"
+                )
 
 
 def _check_pairs(student_hidden_states, aggregates, attention_mask) -> tuple[list[Tensor], list[Tensor]]:
@@ -422,8 +486,7 @@ def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor
     hidden_size = hidden.shape[-1]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     for name, tensor in zip(names, tensors, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"gates' {name} is a {type(tensor).__name__}; it takes a tensor")
+        _check_tensor(f"gates' {name}", tensor)
         if tensor.dtype != dtype:
             raise TypeError(
                 f"gates' {name} has dtype {tensor.dtype}; with {hidden.dtype} hidden_states it takes {dtype}"
@@ -468,8 +531,7 @@ def _check_layers(layers, num_layers: int) -> list[int]:
 
 
 def _check_mask(attention_mask, hidden: Tensor) -> None:
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it takes a tensor")
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask.shape != hidden.shape[:-1]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; hidden states of shape {tuple(hidden.shape)} "
@@ -481,13 +543,17 @@ def _check_mask(attention_mask, hidden: Tensor) -> None:
 def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor:
     """Bounds as an int32 tensor beside ``hidden``; checked where they can be read without a device sync."""
     if not isinstance(cu_seqlens, Tensor):
-        if not isinstance(cu_seqlens, Sequence) or not all(type(bound) is int for bound in cu_seqlens):
+        is_sequence = isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, bytes)
+        if not is_sequence or not all(type(bound) is int for bound in cu_seqlens):
             raise TypeError("cu_seqlens takes a tensor or a sequence of integers")
         cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+    _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; it takes int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it takes (B + 1,) with B at least 1")
+    if cu_seqlens.is_meta:  # from a CPU or a GPU they are copied
+        _check_same_device("cu_seqlens", cu_seqlens, "hidden_states", hidden)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != hidden.shape[0]:
@@ -519,17 +585,28 @@ def _check_labels(labels: Tensor, student_logits: Tensor, regression: bool) -> N
         raise TypeError(f"labels has dtype {labels.dtype}; classification takes int64")
     if labels.shape != (batch_size,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}; it takes ({batch_size},)")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_transform():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= student_logits.shape[1]:
             wrong = low if low < 0 else high
             raise ValueError(f"labels holds {wrong}; student_logits has classes 0 to {student_logits.shape[1] - 1}")
 
 
+def _in_transform() -> bool:
+    """Inside vmap, grad or another transform of torch.func, where a tensor's numbers may not be read."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _check_backend(backend: str | None, *tensors: Tensor) -> str:
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
     float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if backend != "reference" and _in_transform():
+        raise ValueError(f"backend {backend or 'torch'!r} cannot run inside torch.func; use backend='reference'")
+    if backend == "reference" and (cast := autocast_dtype(tensors[0])) is not None:
+        for tensor in tensors:  # PyTorch's own stack and norm fail there
+            if tensor.dtype not in (torch.float32, cast):
+                raise TypeError(f"backend 'reference' takes float32 or {cast} under autocast, got {tensor.dtype}")
     if backend == "triton":
         if float64:
             raise TypeError("backend 'triton' takes float32, bfloat16 or float16, got float64; use backend='torch'")

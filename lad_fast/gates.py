@@ -87,8 +87,10 @@ class GateStack(nn.Module):
                 raise ValueError(f"{name} is {value!r}; it takes an integer of at least {least}")
         if norm not in ("sequence", "token"):
             raise ValueError(f"norm is {norm!r}; it takes 'sequence' or 'token'")
+        if not isinstance(reverse, bool):
+            raise ValueError(f"reverse is {reverse!r}; it takes True or False")
         self.num_layers, self.hidden_size, self.seq_len = num_layers, hidden_size, seq_len
-        self.norm, self.reverse = norm, bool(reverse)
+        self.norm, self.reverse = norm, reverse
         shapes = _shapes(num_layers, hidden_size, seq_len, norm)
         self.weight = nn.Parameter(torch.empty(shapes["weight"]))
         self.bias = nn.Parameter(torch.empty(shapes["bias"]))
@@ -130,14 +132,20 @@ class GateStack(nn.Module):
 
         Returns:
             (L, L) float32; row l belongs to aggregate l, column j to teacher layer j; each row sums to 1.
+
+        Raises:
+            TypeError, ValueError: as :func:`lad_fast.fused_aggregate`; also a mask without a real token.
         """
-        gates = self._values(hidden_states, attention_mask, None)
-        real = torch.ones(gates[0].shape[:-1]) if attention_mask is None else attention_mask
-        real = real.to(gates[0])[..., None]
-        shares = [torch.ones_like(gates[0])]  # of chain element j in the current aggregate, element by element
-        result = gates[0].new_zeros(self.num_layers, self.num_layers)
+        from lad_fast.functional import check_contributions
+
+        check_contributions(hidden_states, self, attention_mask)
+        first = hidden_states[0].float()
+        real = torch.ones(first.shape[:-1]) if attention_mask is None else attention_mask
+        real = real.to(first)[..., None]
+        shares = [torch.ones_like(first)]  # of chain element j in the current aggregate, element by element
+        result = first.new_zeros(self.num_layers, self.num_layers)
         result[0, 0] = 1
-        for i, gate in enumerate(gates):
+        for i, gate in enumerate(self._values(hidden_states, attention_mask, None)):
             shares = [share * (1 - gate) for share in shares] + [gate]
             means = [(share * real).sum() / (real.sum() * self.hidden_size) for share in shares]
             result[i + 1, : i + 2] = torch.stack(means)
@@ -257,6 +265,8 @@ class GateStack(nn.Module):
         """Write ``gates.safetensors`` with the configuration in its metadata."""
         from safetensors.torch import save_file
 
+        if self.weight.is_meta:
+            raise ValueError("gates are on the meta device and hold no numbers; move them by to_empty() and load some")
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, Path(folder) / _FILE_NAME, metadata={"config": json.dumps(self.config)})

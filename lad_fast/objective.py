@@ -3,9 +3,19 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lad_fast.functional import BACKENDS, MEMORY, LogitsLoss, chain_loss
+from lad_fast.functional import (
+    BACKENDS,
+    MEMORY,
+    LogitsLoss,
+    autocast_dtype,
+    chain_loss,
+    check_flag,
+    check_float,
+    check_number,
+)
 from lad_fast.gates import GateStack
 
 __all__ = ["LADObjective", "LADOutput"]
@@ -60,20 +70,24 @@ class LADObjective(nn.Module):
         super().__init__()
         if not isinstance(gates, GateStack):
             raise TypeError(f"gates is a {type(gates).__name__}; it takes a GateStack")
-        if not isinstance(num_student_layers, int) or not 1 <= num_student_layers <= gates.num_layers:
+        is_count = isinstance(num_student_layers, int) and not isinstance(num_student_layers, bool)
+        if not is_count or not 1 <= num_student_layers <= gates.num_layers:
             raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {gates.num_layers}")
+        check_number("temperature", temperature)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
         weights = {"soft_weight": soft_weight, "hard_weight": hard_weight, "hidden_weight": hidden_weight}
         for name, value in weights.items():
+            check_number(name, value)
             if not value >= 0:
                 raise ValueError(f"{name} is {value!r}; it takes a number of at least 0")
-        if student_hidden_size is not None and student_hidden_size < 1:
-            raise ValueError(f"student_hidden_size is {student_hidden_size}; it takes an integer of at least 1")
+        if student_hidden_size is not None and not (type(student_hidden_size) is int and student_hidden_size >= 1):
+            raise ValueError(f"student_hidden_size is {student_hidden_size!r}; it takes an integer of at least 1")
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
         if memory not in MEMORY:
             raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
+        check_flag("regression", regression)
         self.gates = gates
         self.num_student_layers = num_student_layers
         self.temperature, self.regression = temperature, regression
@@ -121,6 +135,12 @@ class LADObjective(nn.Module):
         teacher_hidden_states, teacher_logits = _unpack("teacher", teacher_hidden_states, teacher_logits)
         if labels is None:
             raise ValueError("labels is None; it takes a tensor (B,)")
+        if not isinstance(student_hidden_states, Sequence | Tensor) or isinstance(student_hidden_states, str | bytes):
+            raise TypeError(
+                f"student_hidden_states is a {type(student_hidden_states).__name__}; it takes a sequence of tensors"
+            )
+        if isinstance(student_hidden_states, Tensor) and student_hidden_states.dim() == 0:
+            raise ValueError("student_hidden_states has shape (); it takes one tensor a layer")
         if len(student_hidden_states) != self.num_student_layers:
             raise ValueError(
                 f"student_hidden_states holds {len(student_hidden_states)} tensors; it takes "
@@ -129,6 +149,8 @@ class LADObjective(nn.Module):
         _check_devices(student_hidden_states, teacher_hidden_states, self.gates, student_logits, teacher_logits, labels)
         backend = backend or self.backend
         if self.projections is not None:
+            for i, h in enumerate(student_hidden_states):
+                _check_projected(f"student_hidden_states[{i}]", h, self.projections[i].weight)
             student_hidden_states = [
                 project(h) for project, h in zip(self.projections, student_hidden_states, strict=True)
             ]
@@ -160,6 +182,18 @@ def _check_devices(student, teacher, gates: GateStack, student_logits, teacher_l
 def _any(states):
     """One of the tensors; what is none, or holds none, is refused by name further down."""
     return states[0] if isinstance(states, Sequence) and len(states) else states
+
+
+def _check_projected(name: str, hidden, weight: Tensor) -> None:
+    check_float(name, hidden)
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(hidden.shape)}; the projections take D' = {weight.shape[1]}")
+    if hidden.device != weight.device:
+        raise ValueError(f"{name} is on {hidden.device}; the projections are on {weight.device}")
+    # Autocast takes any pair but float64, which it leaves as it is.
+    casts = autocast_dtype(hidden) is not None and torch.float64 not in (hidden.dtype, weight.dtype)
+    if hidden.dtype != weight.dtype and not casts:
+        raise TypeError(f"{name} has dtype {hidden.dtype}; the projections are {weight.dtype}")
 
 
 def _unpack(name: str, hidden_states, logits):

@@ -176,6 +176,8 @@ class DistillStep:
         Returns:
             Mean losses by name, detached and on the device: reading them is the caller's wait.
         """
+        if not batches:
+            raise ValueError("batches is empty; a step takes at least one")
         batches = [batch if isinstance(batch, Prepared) else self.prepare(batch) for batch in batches]
         num_examples = sum(batch.part.all_examples for batch in batches)
         totals: dict[str, Tensor] = {}
@@ -263,7 +265,8 @@ class DistillStep:
         moments = {int(i): moment for i, moment in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty of a step without loss scaling; then this one's scale stays at its start
+            self.scaler.load_state_dict(state["scaler"])
 
     def losses(self, batch: dict[str, Tensor] | Prepared) -> dict[str, Tensor]:
         """Forward passes and objective: losses by name, of which "loss" carries the gradient.

@@ -210,6 +210,9 @@ def killed_until_done(folder, delays, **options):
         kills.append(bool(set(folder.glob("checkpoints/.*")) - before))
 
 
+KILLS = 30
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside pytest's own threads
 def test_thirty_kills_change_nothing(tmp_path, undisturbed):
@@ -221,7 +224,7 @@ def test_thirty_kills_change_nothing(tmp_path, undisturbed):
         seconds.append(time.perf_counter() - start)
     delays = iter(lambda: numbers.uniform(0, 0.5 * min(seconds)), None)
     kills, runs = [], 0
-    while len(kills) < 30:
+    while len(kills) < KILLS:
         folder = tmp_path / str(runs)
         kills += killed_until_done(folder, delays, save_steps=1)
         runs += 1

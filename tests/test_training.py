@@ -331,6 +331,25 @@ def test_teacher_and_its_mode_stay_as_they_are():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("before", ["float32", "float16"])
+def test_a_step_takes_up_the_state_of_one_in_another_precision(before, precision):
+    data = batches(8, 8)
+    old, new = make_step(precision=before), make_step(seed=5, precision=precision)
+    old(*data)
+    new.load_state_dict(old.state_dict())
+    assert all(torch.equal(v, new.student.state_dict()[n]) for n, v in old.student.state_dict().items())
+    kept = old.scaler.get_scale() if before == precision == "float16" else 2.0**16
+    assert new.scaler.get_scale() == (kept if precision == "float16" else 1.0)
+    new(*data)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_step_over_no_batch_is_refused(precision):
+    with pytest.raises(ValueError, match="batches is empty"):
+        make_step(precision=precision)()
+
+
 def test_projections_are_trained_with_the_student():
     step = make_step(student_hidden_size=8)
     before = [projection.weight.clone() for projection in step.objective.projections]
