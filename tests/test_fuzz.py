@@ -931,8 +931,8 @@ def _wrong_gradient(patch):
     right = eager.distill_loss_forward
 
     def wrong(*args):
-        loss, grad = right(*args)
-        return loss, 1.01 * grad
+        loss, slope, sums = right(*args)
+        return loss, 1.01 * slope, sums
 
     patch.setattr(eager, "distill_loss_forward", wrong)
 
