@@ -71,7 +71,20 @@ PROMISES = (
             f"{RESUME}::test_a_loss_scaler_that_only_skips_ends_the_run",
         ),
     ),
+    Promise(
+        "Such a step comes again to the bit from what the run leaves of it (`lad-fast replay`)",
+        ("tests/test_replay.py",),
+    ),
+    Promise("Saturated and collapsed gates are told once, and no others", ("tests/test_gate_condition.py",)),
     Promise("Broken data load as written or are refused by file and row", (DATA,)),
+    Promise(
+        "Threads, forked and spawned processes, no or a broken Triton, two devices: the same numbers, or a named error",
+        ("tests/test_processes.py",),
+    ),
+    Promise(
+        "Two processes under torchrun train what one trains; killed, stopped or failing, they end with a message",
+        ("tests/test_distributed.py",),
+    ),
     Promise(
         "Model folders and gate files from strangers run no code and get no memory they only claim", (UNTRUSTED,)
     ),

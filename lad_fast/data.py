@@ -346,6 +346,10 @@ class Batches:
         """Batch of that number of the epoch, in memory that is not pinned: for a ``DataLoader``'s workers."""
         return self._batch(self._plan[index])
 
+    def first(self) -> dict[str, torch.Tensor]:
+        """The epoch's first batch, all parts of it, in memory that is not pinned."""
+        return self.take(self._plan[0])
+
     def take(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of those examples, (B,) places in the split: all of it, whatever part this process takes."""
         return self._batch(rows, rows)

@@ -596,7 +596,7 @@ def _run(
                     for name, split in evaluation.items()
                 }
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
-                gates = {} if step.gates is None else {"gates": step.look_at_gates(next(iter(batches)))}
+                gates = {} if step.gates is None else {"gates": world.first(step.look_at_gates, batches.first())}
                 log.write_metrics(state | gates)
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.

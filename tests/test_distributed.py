@@ -192,7 +192,7 @@ def numbers(record):
     found = {}
     for name, value in items:
         inner = numbers(value) if isinstance(value, dict | list) else {"": value}
-        found |= {f"{name}.{rest}": number for rest, number in inner.items() if not isinstance(number, str)}
+        found |= {f"{name}.{rest}": number for rest, number in inner.items() if isinstance(number, int | float)}
     return found
 
 
