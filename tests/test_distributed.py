@@ -22,6 +22,7 @@ from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.distributed import World
 from lad_fast.glue import get_task
 from lad_fast.models import save_checkpoint
+from lad_fast.replay import replay
 from lad_fast.step import DistillStep
 from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
 
@@ -140,6 +141,7 @@ def work(jobs, folder):
             assert not dist.is_initialized(), "a group that was made for a run ends with it"
             options = {
                 "not finite": {"hook": lambda model, _: spoil(model) if rank else None},
+                "all not finite": {"hook": lambda model, _: spoil(model)},
                 "unlike": {"seed": rank},
                 "in use": {},
             }[job]
@@ -174,7 +176,8 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "in use").mkdir()
     with own_folder(folder / "in use"):
-        done = launch(folder, *CASES, "not finite", "unlike", "in use", "undisturbed", "given group", "finished")
+        others = "not finite", "all not finite", "unlike", "in use", "undisturbed", "given group", "finished"
+        done = launch(folder, *CASES, *others)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -289,6 +292,7 @@ def test_a_finished_run_is_what_each_process_returns(pair):
 
 
 MESSAGES = {
+    "all not finite": "FloatingPointError: step 1: not finite: loss, hidden_loss,",
     "not finite": "FloatingPointError: step 1: not finite: loss, hidden_loss,",
     "unlike": "ValueError: process 1 runs something else: the training data differ; all take the same arguments",
     "in use": "ValueError: output_dir is {}; another run is writing there, process",
@@ -301,8 +305,17 @@ def test_all_processes_end_with_one_message(pair, job):
     told = [(pair / f"{job} {rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith(MESSAGES[job].format(pair / job))
-    if job == "not finite":
+    if "not finite" in job:
         assert len(told[0].partition("ids of its examples: ")[2].split(", ")) == 8, "of the whole batch"
+
+
+def test_one_process_replays_what_two_met(pair):
+    """All examples of the step, not the part of the process that wrote the dump."""
+    told = (pair / "all not finite 0").read_text()
+    found = replay(told.partition("lad-fast replay ")[2].removesuffix(" runs it again").strip("'"))
+    assert found.found == found.expected != []
+    assert len(found.examples) == 8
+    assert found.notes == ["the run had 2 processes, this is one: dropout draws other numbers"]
 
 
 @pytest.fixture(scope="module")
