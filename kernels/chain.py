@@ -179,7 +179,7 @@ def _load_affine(ptr, o_position, o_cols, S, D, PER_TOKEN: tl.constexpr):
 def _blend(
     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr, states_ptr, gate_ptr, pieces_ptr, cu_seqlens_ptr, students,
     differences, partial_ptr, compared, i_m, i_strip, row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS,
-    PIECES_SIZE, HAS_STUDENTS: tl.constexpr, KEEP_START: tl.constexpr,
+    PIECES_SIZE, NORM: tl.constexpr, HAS_STUDENTS: tl.constexpr, KEEP_START: tl.constexpr,
     KEEP_GATES: tl.constexpr, KEEP_DIFFERENCE: tl.constexpr, PER_TOKEN: tl.constexpr, PACKED: tl.constexpr,
     STRIP: tl.constexpr,
 ):  # fmt: skip
@@ -204,6 +204,8 @@ def _blend(
             )  # fmt: skip
     b_layer = tl.load(layer_ptr + o_tile, mask=m_tile, other=0.0).to(tl.float32)
     b_blend = b_previous + b_gate * (b_layer - b_previous)
+    if not NORM:  # statistics are those of what the norm will read: where nothing varies, rstd magnifies any difference
+        b_blend = b_blend.to(states_ptr.dtype.element_ty).to(tl.float32)
     _store_statistics(
         b_blend, m_real, pieces_ptr, cu_seqlens_ptr, i_m, i_strip, o_rows, o_cols, e_first, e_last,
         T, S, D, STRIPS, PIECES_SIZE, PER_TOKEN, PACKED, STRIP,
@@ -373,14 +375,14 @@ def _chain_fwd_kernel(
                 b_blend = _blend(
                     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr, p_pieces,
                     cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS, row_tiles, o_rows,
-                    m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, HAS_STUDENTS, KEEP_START, KEEP_GATES,
+                    m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, NORM, HAS_STUDENTS, KEEP_START, KEEP_GATES,
                     KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
                 )  # fmt: skip
                 if SPLITS == 2:
                     b_right = _blend(
                         b_linear_right, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr,
                         p_pieces, cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS + 1,
-                        row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, HAS_STUDENTS,
+                        row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, NORM, HAS_STUDENTS,
                         KEEP_START, KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
                     )  # fmt: skip
             if NORM:

@@ -194,10 +194,8 @@ def chain_loss(
     check_number("weight", weight)
     chain = _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, None, memory, backend)
     positions = chain.positions()
-    if student_hidden_states and isinstance(student_hidden_states[0], Tensor):
-        _check_same_device(
-            "hidden_states", chain.hidden_states[0], "student_hidden_states", student_hidden_states[0]
-        )
+    if isinstance(student_hidden_states, Sequence) and isinstance(next(iter(student_hidden_states), None), Tensor):
+        _check_same_device("hidden_states", chain.hidden_states[0], "student_hidden_states", student_hidden_states[0])
     together = logits is None or logits.check(backend) == chain.backend
     if chain.backend == "reference" or max(positions) == 0 or not together:
         if logits is not None:

@@ -78,3 +78,16 @@ def test_constant_examples_have_no_variance(backend, dtype):
     for state in inputs["hidden"]:
         state[1] = 60.0
     compare(case, inputs, dtype, backend, CONSTANT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_groups_of_one_number_have_no_variance(backend, dtype):
+    """Blends of unlike layers, which a half type cannot hold: each is its own mean, however it is kept."""
+    case = Case(batch=5, length=1, hidden_size=1, layers=3, wanted=(1, 2), seq_len=1)
+    inputs = case.build(dtype)
+    expected = run_loss(case, inputs, torch.float64, "reference")
+    with concurrent_programs():
+        actual = run_loss(case, inputs, dtype, backend)
+    names = ["losses", "grad of student layer 0", "grad of student layer 1"]
+    check({name: actual[name] for name in names}, {name: expected[name] for name in names}, TOLERANCE[dtype])
