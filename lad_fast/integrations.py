@@ -1,0 +1,182 @@
+"""LAD in Hugging Face's Trainer (:class:`LADTrainer`). Needs accelerate, as every Trainer does."""
+
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from lad_fast.gates import GateStack, check_inside
+from lad_fast.objective import LADObjective
+from lad_fast.step import clip_each_gate_
+
+__all__ = ["LADTrainer", "LADTrainingArguments"]
+
+_PROJECTIONS = "projections.safetensors"
+
+
+@dataclass
+class LADTrainingArguments(TrainingArguments):
+    """Transformers' ``TrainingArguments`` with the gates' own."""
+
+    gate_learning_rate: float = field(
+        default=5e-6, metadata={"help": "Peak learning rate of the gates; it follows the student's schedule."}
+    )
+    gate_max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Each gate's gradients are scaled down to this norm; 0, or no max_grad_norm: not at all."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gate_learning_rate", "gate_max_grad_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a number of at least 0")
+
+
+class LADTrainer(Trainer):
+    """``Trainer`` whose training loss is LAD's: the student ``model`` learns from a frozen ``teacher``.
+
+    Gates (and projections) are trained by the same optimizer in groups of their own, each gate is clipped on its own,
+    and they are saved and loaded with every checkpoint (gates.safetensors). Evaluation is Trainer's: the student alone.
+    Batches that accumulate count alike, as in every Trainer; :class:`~lad_fast.step.DistillStep` counts examples.
+
+    Args:
+        model: the student, a sequence classifier.
+        args: :class:`LADTrainingArguments`.
+        teacher: a fine-tuned sequence classifier; put on the training device, in eval mode.
+        objective: :class:`~lad_fast.LADObjective` for both models; None makes one with its defaults, for examples of
+            up to ``seq_len`` tokens.
+        seq_len: where ``objective`` is None.
+        **options: as Trainer takes them. Datasets need "labels" (or "label").
+
+    Raises:
+        TypeError, ValueError: an objective or arguments that do not fit the models.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: LADTrainingArguments,
+        *,
+        teacher: PreTrainedModel,
+        objective: LADObjective | None = None,
+        seq_len: int = 128,
+        **options,
+    ) -> None:
+        if not isinstance(args, LADTrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}; it takes LADTrainingArguments")
+        if teacher.config.num_labels != model.config.num_labels:
+            raise ValueError(f"teacher has {teacher.config.num_labels} labels; the model has {model.config.num_labels}")
+        if objective is None:
+            size = teacher.config.num_hidden_layers, teacher.config.hidden_size
+            objective = LADObjective(
+                GateStack(*size, seq_len),
+                model.config.num_hidden_layers,
+                regression=model.config.num_labels == 1,
+                student_hidden_size=model.config.hidden_size,
+            )
+        super().__init__(model=model, args=args, **options)
+        self.objective = objective.to(args.device)
+        self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+        self._teacher_takes = set(inspect.signature(teacher.forward).parameters)
+        self.loss_is_scaled_for_ga = False  # a batch's mean: Trainer divides it by the batches that accumulate
+        self._zeroed_at: int | None = None  # the step whose gradients the objective holds
+        self._sums: dict[str, Tensor | float] = defaultdict(float)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """LAD's loss in training; else the model's own."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, output_hidden_states=True)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                known = {name: value for name, value in inputs.items() if name in self._teacher_takes}
+                teacher = self.teacher(**known, output_hidden_states=True)
+            losses = self.objective(outputs, teacher, labels=labels, attention_mask=inputs.get("attention_mask"))
+        self._sums["batches"] += 1
+        for name in ("hidden_loss", "logits_loss"):
+            self._sums[name] += getattr(losses, name).detach()
+        return (losses.loss, outputs) if return_outputs else losses.loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's; between processes the objective's gradients are averaged here, as it lies outside the model."""
+        if self._zeroed_at != self.state.global_step:  # Trainer's own zero_grad reaches the model alone
+            self.objective.zero_grad()
+            self._zeroed_at = self.state.global_step
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            for parameter in self.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Trainer's, with groups for the gates and the projections; an optimizer passed to Trainer has its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        gates, rate, decay = self.objective.gates, self.args.gate_learning_rate, self.args.weight_decay
+        affine = [gates.bias, gates.norm_weight, gates.norm_bias]
+        groups = [
+            {"params": [gates.weight], "lr": rate, "weight_decay": decay},
+            {"params": affine, "lr": rate, "weight_decay": 0.0},
+        ]
+        if self.objective.projections is not None:
+            named = list(self.objective.projections.named_parameters())
+            groups += [
+                {"params": [p for name, p in named if "bias" not in name], "weight_decay": decay},
+                {"params": [p for name, p in named if "bias" in name], "weight_decay": 0.0},
+            ]
+        for group in groups:
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        projections = self.objective.projections
+        parameters = [*model.parameters(), *(projections.parameters() if projections is not None else ())]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)  # unscales the gates' as well
+        if self.args.gate_max_grad_norm > 0:
+            clip_each_gate_(self.objective.gates, self.args.gate_max_grad_norm)
+        return norm
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.objective.gates.save_pretrained(folder)
+            if self.objective.projections is not None:
+                state = {name: value.contiguous() for name, value in self.objective.projections.state_dict().items()}
+                save_file(state, folder / _PROJECTIONS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_objective(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_objective(Path(self.state.best_model_checkpoint))
+
+    def _load_objective(self, folder: Path) -> None:
+        gates = GateStack.from_pretrained(folder)
+        if gates.config != self.objective.gates.config:
+            raise ValueError(f"{folder} has gates of {gates.config}; these are of {self.objective.gates.config}")
+        self.objective.gates.load_state_dict(gates.state_dict())
+        if self.objective.projections is not None:
+            check_inside(folder, folder / _PROJECTIONS)
+            self.objective.projections.load_state_dict(load_file(folder / _PROJECTIONS))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's; lines with the training loss also get hidden_loss and logits_loss, means since the last one."""
+        if "loss" in logs and self._sums["batches"]:
+            batches = self._sums.pop("batches")
+            for name, value in self._sums.items():
+                logs[name] = self.accelerator.gather(value.reshape(1)).mean().item() / batches
+            self._sums.clear()
+        super().log(logs, start_time)

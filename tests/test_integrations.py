@@ -1,0 +1,252 @@
+"""LADTrainer against the training step of :mod:`lad_fast.step`, and as users of Trainer meet it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
+
+pytest.importorskip("accelerate")
+from lad_fast import GateStack, LADObjective
+from lad_fast.integrations import LADTrainer, LADTrainingArguments
+from lad_fast.step import DistillStep
+
+
+def bert(num_layers: int, seed: int, hidden_size: int = 16, num_labels: int = 2) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=24, hidden_size=hidden_size, num_attention_heads=2, intermediate_size=32, num_labels=num_labels,
+        max_position_embeddings=16, num_hidden_layers=num_layers, initializer_range=0.2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+class Examples(Dataset):
+    """Rows of up to 12 random tokens, and padding."""
+
+    def __init__(self, num_examples: int, num_labels: int = 2, shortest: int = 3) -> None:
+        torch.manual_seed(7)
+        self.ids = torch.randint(4, 24, (num_examples, 12))
+        self.lengths = torch.randint(shortest, 13, (num_examples,))
+        self.labels = torch.randint(num_labels, (num_examples,)) if num_labels > 1 else torch.rand(num_examples)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        mask = (torch.arange(12) < self.lengths[i]).long()
+        return {"input_ids": self.ids[i] * mask, "attention_mask": mask, "labels": self.labels[i]}
+
+    def batch(self, places: range) -> dict:
+        rows = [self[i] for i in places]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def arguments(folder, **changes) -> LADTrainingArguments:
+    options = {
+        "output_dir": folder, "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2,
+        "gate_learning_rate": 3e-2, "weight_decay": 0.1, "warmup_steps": 1, "logging_steps": 1, "use_cpu": True,
+        "save_strategy": "no", "report_to": "none", "train_sampling_strategy": "sequential", "disable_tqdm": True,
+    }  # fmt: skip
+    return LADTrainingArguments(**options | changes)
+
+
+def objective(student_hidden_size: int = 16) -> LADObjective:
+    torch.manual_seed(2)
+    gates = GateStack(4, 16, 12)
+    return LADObjective(gates, 2, hidden_weight=100.0, student_hidden_size=student_hidden_size, backend="torch")
+
+
+def trainer(folder, student_hidden_size=16, data=None, **changes) -> LADTrainer:
+    student = bert(2, 1, student_hidden_size)
+    return LADTrainer(
+        student, arguments(folder, **changes), teacher=bert(4, 0), objective=objective(student_hidden_size),
+        train_dataset=data or Examples(16), eval_dataset=Examples(8),
+    )  # fmt: skip
+
+
+def lines(run: LADTrainer) -> list[dict]:
+    return [line for line in run.state.log_history if "loss" in line]
+
+
+def all_parameters(*modules) -> list[torch.Tensor]:
+    """All but the keys' bias, which attention does not depend on: rounding alone moves it, as far as AdamW steps."""
+    named = (pair for module in modules for pair in module.named_parameters())
+    return [parameter.detach().clone() for name, parameter in named if "key.bias" not in name]
+
+
+@pytest.mark.parametrize("accumulated", (1, 2))
+@pytest.mark.parametrize("student_hidden_size", (16, 8))
+def test_trains_as_our_step_does(tmp_path, student_hidden_size, accumulated):
+    """From one start over the same batches: the same losses, and the same student, gates and projections at the end."""
+    data = Examples(4 * 4 * accumulated)
+    run = trainer(tmp_path, student_hidden_size, data, gradient_accumulation_steps=accumulated)
+    step = DistillStep(
+        bert(2, 1, student_hidden_size), bert(4, 0), objective(student_hidden_size), learning_rate=1e-2,
+        gate_learning_rate=3e-2, weight_decay=0.1, total_steps=4, warmup_steps=1,
+    )  # fmt: skip
+    run.train()
+    ours = []
+    for i in range(4):
+        starts = [4 * (accumulated * i + part) for part in range(accumulated)]
+        ours.append(step(*(data.batch(range(start, start + 4)) for start in starts)))
+    for line, losses in zip(lines(run), ours, strict=True):
+        for name in ("loss", "hidden_loss", "logits_loss"):
+            assert line[name] == pytest.approx(losses[name].item(), rel=2e-5), name
+    for a, b in zip(
+        all_parameters(run.model, run.objective), all_parameters(step.student, step.objective), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(run.objective.gates.weight, objective().gates.weight)
+
+
+def test_resumes_to_the_bit(tmp_path):
+    whole = trainer(tmp_path / "whole", 8)
+    whole.train()
+    first = trainer(tmp_path / "parts", 8, save_strategy="steps", save_steps=2)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **rest):
+            control.should_training_stop = state.global_step == 2
+
+    first.add_callback(Stop())
+    first.train()
+    second = trainer(tmp_path / "parts", 8)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 4
+    for a, b in zip(
+        all_parameters(whole.model, whole.objective), all_parameters(second.model, second.objective), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_a_plain_model_with_gates_beside_it(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    run.train()
+    folder = tmp_path / "checkpoint-4"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for a, b in zip(model.state_dict().values(), run.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    gates = GateStack.from_pretrained(folder)
+    assert torch.equal(gates.weight, run.objective.gates.weight)
+    assert not (folder / "projections.safetensors").exists()
+
+
+def test_the_best_checkpoints_gates_come_back(tmp_path):
+    run = trainer(
+        tmp_path, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", learning_rate=0.3,
+    )  # fmt: skip
+    run.train()
+    best = GateStack.from_pretrained(run.state.best_model_checkpoint)
+    assert torch.equal(best.weight, run.objective.gates.weight)
+    assert run.state.best_model_checkpoint != str(tmp_path / "checkpoint-4")
+
+
+def test_gates_of_another_kind_are_not_loaded(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    GateStack(4, 16, 11).save_pretrained(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="'seq_len': 11"):
+        trainer(tmp_path, max_steps=5).train(resume_from_checkpoint=True)
+
+
+def test_evaluation_is_the_students_own(tmp_path):
+    run = trainer(tmp_path)
+    data = Examples(8)
+    batch = data.batch(range(8))
+    with torch.no_grad():
+        expected = run.model.eval()(**batch).loss.item()
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16(tmp_path):
+    run = trainer(tmp_path, bf16=True)
+    before = all_parameters(run.objective)
+    run.train()
+    exact = trainer(tmp_path)
+    exact.train()
+    first, right = lines(run)[0], lines(exact)[0]
+    assert first["loss"] != right["loss"] and first["loss"] == pytest.approx(right["loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in run.objective.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, all_parameters(run.objective), strict=True))
+
+
+def test_a_gate_is_clipped_on_its_own(tmp_path):
+    """A bound that no gradient reaches changes nothing; one below every gradient bounds each gate's first step's
+    moment, and the student's not at all."""
+    moments = []
+    for bound in (1e9, 1e-6):
+        run = trainer(tmp_path, max_steps=1, gate_max_grad_norm=bound, max_grad_norm=1e9, adam_beta1=0.0)
+        run.train()
+        state = run.optimizer.state
+        moments.append([state[p]["exp_avg"].clone() for p in (*run.objective.parameters(), *run.model.parameters())])
+    num = len(list(objective().parameters()))
+    free, clipped = moments
+    norms = torch.stack([m.flatten(1).norm(dim=1) for m in clipped[:num]]).norm(dim=0)
+    assert (norms < 1.01e-6).all()
+    assert all(torch.equal(a, b) for a, b in zip(free[num:], clipped[num:], strict=True))
+
+
+def test_a_default_objective(tmp_path):
+    run = LADTrainer(
+        bert(2, 1, num_labels=1), arguments(tmp_path), teacher=bert(4, 0, num_labels=1), seq_len=12,
+        train_dataset=Examples(16, num_labels=1),
+    )  # fmt: skip
+    assert run.objective.regression and run.objective.layers == (1, 3)
+    run.train()
+    assert lines(run)[-1]["loss"] < lines(run)[0]["loss"]
+    assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="gate_learning_rate is -1"):
+        arguments(tmp_path, gate_learning_rate=-1.0)
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="teacher has 3 labels; the model has 2"):
+        LADTrainer(bert(2, 1), args, teacher=bert(4, 0, num_labels=3))
+    with pytest.raises(TypeError, match="it takes LADTrainingArguments"):
+        LADTrainer(bert(2, 1), None, teacher=bert(4, 0))
+
+
+def test_arguments_go_through_json(tmp_path):
+    args = arguments(tmp_path)
+    assert json.loads(args.to_json_string())["gate_learning_rate"] == 3e-2
+    assert copy.deepcopy(args).gate_max_grad_norm == 1.0
+
+
+def together(folder: str, **changes) -> LADTrainer:
+    run = trainer(folder, 8, Examples(16, shortest=12), max_steps=2, save_strategy="steps", save_steps=2, **changes)
+    run.train()
+    return run
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Trainer's model and the objective beside it: half of each batch in each process, and no padding."""
+    alone = together(tmp_path / "one", per_device_train_batch_size=8)
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "two/checkpoint-2"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {path.name for path in (tmp_path / "one/checkpoint-2").iterdir()} - {"rng_state.pth"}
+        | {"rng_state_0.pth", "rng_state_1.pth"}
+    )
+    gates, student = GateStack.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    for a, b in zip(
+        all_parameters(alone.model, alone.objective.gates), all_parameters(student, gates), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    together(sys.argv[1], ddp_backend="gloo")
