@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,8 @@ def test_thirty_kills_change_nothing(tmp_path, undisturbed):
         start = time.perf_counter()
         assert killed_until_done(tmp_path / name, iter([60]), save_steps=1) == []
         seconds.append(time.perf_counter() - start)
-    delays = iter(lambda: numbers.uniform(0, 0.5 * min(seconds)), None)
+    # Longer and longer, so that runs reach a checkpoint also where starting takes most of one's time.
+    delays = (numbers.uniform(0, 0.5 * min(seconds) * 1.03**i) for i in count())
     kills, runs = [], 0
     while len(kills) < KILLS:
         folder = tmp_path / str(runs)
