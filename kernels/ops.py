@@ -190,12 +190,15 @@ def _other(cast: Tensor, weight: Tensor) -> Tensor:
     return weight.new_empty(0) if cast is weight else cast
 
 
+# forward() of a Function with any number of tensors takes all arguments by one star. Where nothing needs a gradient,
+# Dynamo leaves ctx out if there are as many arguments as forward() has parameters, a starred one counting once.
+
+
 class _Aggregate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend,
-        weight, bias, norm_weight, norm_bias, *hidden,
-    ):  # fmt: skip
+    def forward(ctx, *arguments):
+        wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend, *tensors = arguments
+        weight, bias, norm_weight, norm_bias, *hidden = tensors
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         hidden = [h.contiguous() for h in hidden]
         cast, aggregates, gates, mean, rstd = aggregate_forward(
@@ -400,10 +403,9 @@ def _add(*grads: Tensor | None) -> Tensor | None:
 
 class _ChainLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, teacher_logits,
-        labels, logits_settings, weight, bias, norm_weight, norm_bias, student_logits, *states,
-    ):  # fmt: skip
+    def forward(ctx, *arguments):
+        targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, *rest = arguments
+        teacher_logits, labels, logits_settings, weight, bias, norm_weight, norm_bias, student_logits, *states = rest
         weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
@@ -549,7 +551,8 @@ def _(grad, student, targets, row_mask, factor, need_student, need_targets, back
 
 class _HiddenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, num_layers, row_mask, weight, backend, *states):
+    def forward(ctx, *arguments):
+        num_layers, row_mask, weight, backend, *states = arguments
         states = [state.contiguous() for state in states]
         student, targets = states[:num_layers], states[num_layers:]
         losses, factor = hidden_loss_forward(student, targets, row_mask, weight, backend)
@@ -575,8 +578,7 @@ def hidden_loss(
     student: list[Tensor], targets: list[Tensor], *, row_mask: Tensor | None, weight: float, backend: str
 ) -> Tensor:
     """(K,) weighted mean squared errors of K pairs (T, D)."""
-    # Not a symbolic number: Dynamo then puts a Function's arguments in another order.
-    return _HiddenLoss.apply(len(student), row_mask, float(weight), backend, *student, *targets)
+    return _HiddenLoss.apply(len(student), row_mask, weight, backend, *student, *targets)
 
 
 @torch.library.custom_op("lad_fast::distill_loss_forward", mutates_args=())

@@ -97,6 +97,26 @@ def test_objective_compiles_as_one_graph(backend):
     torch.testing.assert_close(compiled(*inputs).loss, objective(*inputs).loss)
 
 
+@pytest.mark.parametrize("students", (1, 2))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_a_compiled_objective_that_trains_nothing(reverse, students):
+    """Any number of layers: Dynamo tells a Function's arguments from its context by their number."""
+    torch._dynamo.reset()
+    for layers in range(2, 6):
+        objective = LADObjective(GateStack(layers, 16, 8, reverse=reverse), students, backend="torch")
+        objective.requires_grad_(False)
+        student, teacher, *logits = batch(layers, students)
+        student, logits[0] = [h.detach() for h in student], logits[0].detach()
+        compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+        mask = torch.ones(2, 5)
+        for where in ((), (mask,)):
+            inputs = (student, teacher, *logits, *where)
+            torch.testing.assert_close(compiled(*inputs).loss, objective(*inputs).loss)
+        aggregate = torch.compile(lad_fast.fused_aggregate, fullgraph=True, backend="aot_eager")
+        ours, right = (f(teacher, objective.gates, backend="torch") for f in (aggregate, lad_fast.fused_aggregate))
+        torch.testing.assert_close(ours, right)
+
+
 def kept_bytes(inputs, function) -> int:
     """Bytes held for backward, counted by saved-tensor hooks; ``inputs`` (and parameters) would be there anyway."""
     ours = {tensor.untyped_storage().data_ptr() for tensor in inputs}
