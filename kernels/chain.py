@@ -695,8 +695,8 @@ def _chain_bwd_kernel(
     i_program, num_tiles = tl.program_id(0), tl.cdiv(T, BLOCK_M) * tl.cdiv(D, BLOCK_N)
     if not SYNC:  # see _chain_fwd_kernel
         last, num_tiles = first + 1, i_program + 1
-    if logits_slope_ptr is not None:
-        if first == 0:
+    if STAGES != "product" and logits_slope_ptr is not None:  # a product has no registers to spare
+        if first <= 1:
             _scale(
                 logits_slope_ptr, grad_logits_loss_ptr, grad_logits_ptr, logits_size, i_program, programs, COLUMNS
             )  # fmt: skip
