@@ -180,8 +180,8 @@ def _blend(
     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr, states_ptr, gate_ptr, pieces_ptr, cu_seqlens_ptr, students,
     differences, partial_ptr, compared, i_m, i_strip, row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS,
     PIECES_SIZE, NORM: tl.constexpr, HAS_STUDENTS: tl.constexpr, KEEP_START: tl.constexpr,
-    KEEP_GATES: tl.constexpr, KEEP_DIFFERENCE: tl.constexpr, PER_TOKEN: tl.constexpr, PACKED: tl.constexpr,
-    STRIP: tl.constexpr,
+    KEEP_GATES: tl.constexpr, KEEP_DIFFERENCE: tl.constexpr, PER_TOKEN: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """The product's epilogue for a strip of columns: g, O and O's statistics."""
     o_cols = i_strip * STRIP + tl.arange(0, STRIP)
@@ -194,7 +194,8 @@ def _blend(
     b_previous = tl.load(previous_ptr + o_tile, mask=m_tile, other=0.0)
     if KEEP_START:
         if i == 0:
-            tl.store(states_ptr + o_tile, tl.where(m_real[:, None], b_previous, 0.0), mask=m_tile)
+            b_start = tl.where(m_real[:, None], b_previous, 0.0) if MASKED else b_previous
+            tl.store(states_ptr + o_tile, b_start, mask=m_tile)
     b_previous = b_previous.to(tl.float32)
     if HAS_STUDENTS:
         if (i == first) & (compared % 2 == 1):
@@ -376,14 +377,14 @@ def _chain_fwd_kernel(
                     b_linear, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr, p_pieces,
                     cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS, row_tiles, o_rows,
                     m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, NORM, HAS_STUDENTS, KEEP_START, KEEP_GATES,
-                    KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
+                    KEEP_DIFFERENCE, PER_TOKEN, MASKED, PACKED, STRIP,
                 )  # fmt: skip
                 if SPLITS == 2:
                     b_right = _blend(
                         b_linear_right, i, first, previous_ptr, layer_ptr, bias_ptr + i * D, states_ptr, gate_ptr,
                         p_pieces, cu_seqlens_ptr, students, differences, partial_ptr, compared, i_m, i_n * SPLITS + 1,
                         row_tiles, o_rows, m_real, e_first, e_last, T, S, D, STRIPS, PIECES_SIZE, NORM, HAS_STUDENTS,
-                        KEEP_START, KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, PACKED, STRIP,
+                        KEEP_START, KEEP_GATES, KEEP_DIFFERENCE, PER_TOKEN, MASKED, PACKED, STRIP,
                     )  # fmt: skip
             if NORM:
                 if SYNC:
