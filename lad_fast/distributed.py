@@ -5,9 +5,9 @@ Each process holds the whole model and takes its part of every batch. Gradients 
 how they agree.
 """
 
+import copy
 import gc
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -257,11 +257,11 @@ def _tell_launcher(error: Exception) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as pickle carries it; where it does not, its text."""
+    """The error as the others get it, made anew from what it reduces to; where that fails, its text."""
     try:
-        copy = pickle.loads(pickle.dumps(error))
-        if str(copy) == str(error):
-            return copy
+        again = copy.deepcopy(error)
+        if str(again) == str(error):
+            return again
     except Exception:
         pass
     return ValueError(f"{type(error).__name__}: {error}")

@@ -8,6 +8,7 @@ A run takes a process of its own, this file as a script, which looks at itself a
 import ctypes
 import gc
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -162,8 +163,13 @@ def _threads(held):
     threading.Thread(target=held[-1].wait, daemon=True).start()
 
 
+def _memory(held):
+    held.append(mmap.mmap(-1, 2**26))  # from the system: malloc may have as much lying free
+    held[-1].write(bytes(2**26))
+
+
 LEAKS = {
-    "process": lambda held: held.append(bytearray(b"x") * 2**23),
+    "process": _memory,
     "allocator": lambda held: held.append(torch.ones(2**20)),
     "Python's blocks": lambda held: held.extend(object() for _ in range(10_000)),
     "tensors": lambda held: held.extend(torch.ones(1) for _ in range(1000)),
