@@ -22,7 +22,8 @@ from lad_fast.demo import DemoConfig, demo
 from lad_fast.doctor import doctor
 from lad_fast.glue import Task, get_task, load_split, write_submission
 from lad_fast.kernels.launch import cache_file, why_not_triton
-from lad_fast.models import load_classifier
+from lad_fast.models import load_classifier, load_tokenizer, save_checkpoint
+from lad_fast.published import load_published
 from lad_fast.replay import replay
 from lad_fast.report import format_table
 from lad_fast.training import DistillConfig, Evaluation, FinetuneConfig, TrainingResult
@@ -81,6 +82,23 @@ class PredictCommand(InferenceConfig):
 
     output_dir: Path
     """Folder for the submission files, such as MNLI-m.tsv."""
+
+
+@dataclass(kw_only=True)
+class ImportCommand:
+    """Turn an experiment's folder of the published code into a save_pretrained folder, gates beside the model."""
+
+    directory: tyro.conf.Positional[Path]
+    """The folder with config.json, model-STEP.pt and, of a student, gate_config.json and gate-I-STEP.pt."""
+    output_dir: Path
+    """Where to."""
+    step: int | None = None
+    """Of the model; None takes the last."""
+    reverse: bool = False
+    """The gates were trained from the last teacher layer to the first, which no file says."""
+    tokenizer: str | None = None
+    """Written beside the model: a save_pretrained folder or a hub's name, google-bert/bert-base-uncased as published;
+    None leaves it out."""
 
 
 @dataclass
@@ -245,6 +263,20 @@ def run_predict(config: PredictCommand) -> int:
     return 0
 
 
+def run_import(config: ImportCommand) -> int:
+    """The exit code; see :func:`lad_fast.published.load_published`."""
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    found = load_published(config.directory, config.step, reverse=config.reverse)
+    if tokenizer is not None and len(tokenizer) > found.model.config.vocab_size:
+        size = found.model.config.vocab_size
+        raise ValueError(f"tokenizer has {len(tokenizer)} tokens; the model's embeddings hold {size}")
+    state = {"task": found.task.name, "step": found.step, "published": found.settings}
+    save_checkpoint(config.output_dir, found.model, tokenizer, found.gates, state)
+    gates = "no gates" if found.gates is None else f"{len(found.gates.weight)} gates"
+    print(f"{config.output_dir}: step {found.step} of {found.task.name}, {gates}")
+    return 0
+
+
 def run_replay(config: ReplayCommand) -> int:
     found = replay(config.dump, config.device)
     print(found)
@@ -306,6 +338,7 @@ COMMANDS: dict[type, Command] = {
     DistillCommand: Command("distill", lambda config: run_training(training.distill, config)),
     EvaluateCommand: Command("evaluate", run_evaluate),
     PredictCommand: Command("predict", run_predict),
+    ImportCommand: Command("import", run_import),
     ReplayCommand: Command("replay", run_replay),
     BenchCommand: Command("bench", run_bench),
     DoctorCommand: Command("doctor", lambda config: doctor()),

@@ -31,8 +31,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
-def _load_published(path: Path) -> dict:
-    """One published gate; only tensors are read, and none larger than the file."""
+def load_tensors(path: Path) -> dict:
+    """What torch.save wrote to a file; only tensors are read, and none larger than the file.
+
+    Raises:
+        ValueError: anything else; nothing in it is run.
+    """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # a zip file's end alone would do for zipfile, not for PyTorch
     if not is_zip or not zipfile.is_zipfile(path):
@@ -221,7 +225,7 @@ class GateStack(nn.Module):
         directory, states, paths = Path(directory), [], []
         while (path := directory / f"gate-{len(states)}-{step}.pt").is_file():
             check_inside(directory, path)
-            states.append(_load_published(path))
+            states.append(load_tensors(path))
             paths.append(str(path))
         found = len(list(directory.glob(f"gate-*-{step}.pt")))
         if not states or found != len(states):
@@ -240,7 +244,7 @@ class GateStack(nn.Module):
                 found = str(sorted(map(str, state)))[:200]
                 raise ValueError(f"{name} holds {found}; a published gate holds {list(_PUBLISHED_NAMES)}")
             for key, value in state.items():
-                _check_tensor(f"{name}: {key}", value)
+                check_tensor(f"{name}: {key}", value)
         affine = states[1]["layernorm.weight"]
         hidden_size = affine.shape[-1] if affine.dim() else 0
         shapes = [(hidden_size, hidden_size), (hidden_size,), (affine.shape[-2:]), (affine.shape[-2:])]
@@ -296,7 +300,7 @@ class GateStack(nn.Module):
         return stack
 
 
-def _check_tensor(name: str, value) -> None:
+def check_tensor(name: str, value) -> None:
     """A strided float tensor that has the memory its size claims: an expanded one of a few bytes may claim any."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; it takes a tensor")

@@ -58,7 +58,7 @@ def load_classifier(
             _check_claimed_size(name_or_path, settings, Path(source))
         if fine_tuned:
             _check_labels(name_or_path, settings, task)
-        _set_labels(settings, task)
+        set_labels(settings, task)
         for name, value in config.items():
             if not hasattr(settings, name):
                 raise ValueError(f"it has no configuration entry {name!r}")
@@ -92,6 +92,24 @@ def load_classifier(
             f"{model.config.vocab_size}"
         )
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path):
+    """A tokenizer alone: of a ``save_pretrained`` folder, which is read without the network, or a name on the hub.
+
+    Raises:
+        ValueError: none loadable there; also a folder as :func:`load_classifier` refuses it.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _check_folder(name_or_path, folder)
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(name_or_path), local_files_only=folder.is_dir(), trust_remote_code=False
+        )
+    except Exception as error:  # a broken folder raises anything from OSError to a Rust panic's
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+        raise ValueError(f"tokenizer {name_or_path} could not be loaded: {reason}") from error
 
 
 @contextmanager
@@ -254,7 +272,7 @@ def _check_labels(name_or_path, config, task: Task) -> None:
         )
 
 
-def _set_labels(config, task: Task) -> None:
+def set_labels(config, task: Task) -> None:
     config.id2label = dict(enumerate(task.labels or ("score",)))
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.problem_type = "regression" if task.is_regression else "single_label_classification"

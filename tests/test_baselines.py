@@ -1,21 +1,15 @@
 """The published step that benchmarks compare with computes what the recorded runs of the published code did."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from baselines import PlainStep, PublishedStep
-
-spec = importlib.util.spec_from_file_location("golden_files", Path(__file__).with_name("test_golden.py"))
-golden_files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden_files)
+from golden import FILES, GATE_NAMES, Golden, relative_rms
 
 
-@pytest.fixture(params=golden_files.FILES)
+@pytest.fixture(params=FILES)
 def golden(request, shared):
-    return golden_files.Golden(shared / "golden" / f"{request.param}.npz")
+    return Golden(shared / "golden" / f"{request.param}.npz")
 
 
 def settings(golden):
@@ -40,11 +34,11 @@ def test_published_step_gives_the_recorded_losses_and_weights(golden):
     np.testing.assert_allclose([loss.hidden_losses for loss in losses], golden.arrays["hidden_loss"], rtol=1e-4)
     final = dict(step.student.named_parameters())
     for name, value in golden.tensors("student_final").items():
-        assert golden_files.relative_rms(final[name].detach(), value) < 1e-3, name
+        assert relative_rms(final[name].detach(), value) < 1e-3, name
     for name, values in golden.gates("gate_final").items():
-        theirs = next(theirs for theirs, ours in golden_files.GATE_NAMES.items() if ours == name)
+        theirs = next(theirs for theirs, ours in GATE_NAMES.items() if ours == name)
         for gate, value in zip(step.gates[1:], values, strict=True):
-            assert golden_files.relative_rms(gate.get_parameter(theirs).detach(), value) < 1e-3, name
+            assert relative_rms(gate.get_parameter(theirs).detach(), value) < 1e-3, name
 
 
 def test_plain_step_follows_the_recorded_losses(golden):

@@ -4,37 +4,13 @@ import json
 import logging
 import signal
 
-import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from small import bert, split
 
 from lad_fast import GateStack, training
 from lad_fast.checkpoint import Interrupted
-from lad_fast.data import TokenizedSplit
-from lad_fast.glue import get_task
 from lad_fast.training import DistillConfig, distill
-
-RTE = get_task("rte")
-
-
-def bert(num_layers=4, seed=0):
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=24, hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16,
-            num_hidden_layers=num_layers, num_labels=2, initializer_range=0.2,
-        )
-    )  # fmt: skip
-
-
-def split(num_examples, seed=0):
-    numbers = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(numbers.integers(4, 13, num_examples))]).astype(np.int64)
-    ids = numbers.integers(4, 24, offsets[-1]).astype(np.int32)
-    return TokenizedSplit(
-        RTE, "train", ids, None, offsets, numbers.integers(0, 2, num_examples), 100 + np.arange(num_examples)
-    )
 
 
 def states(num_layers=4, hidden_size=32, batch=3, seq_len=8, common=0.0):
