@@ -324,8 +324,9 @@ def _curves(
     axes.set_xlabel(x_label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(curve.label for curve in curves):
-        # Beside the curves: over them it would hide some, and the best place is slow to find for long ones.
-        figure.legend(loc="outside right upper")
+        # Outside: over the curves it would hide some, and the best place is slow to find for long ones.
+        is_narrow = max(len(curve.label) for curve in curves) <= 16
+        figure.legend(loc="outside right upper" if is_narrow else "outside upper left")
 
 
 def _curves_apart(figure, curves: Sequence[_Curve]) -> None:
@@ -481,18 +482,22 @@ def _svg(panel: _Panel) -> str:
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{_html(panel.title)}"', 1)
 
 
-def _write_png(title: str, panels: Sequence[_Panel], path: Path) -> None:
+def _rows(panels: Sequence[_Panel]) -> list[list[_Panel]]:
+    """Two panels a row; a wide one, or one that has no other beside it, takes it all."""
     rows: list[list[_Panel]] = []
     for panel in panels:
-        if rows and not panel.is_wide and len(rows[-1]) == 1 and not rows[-1][0].is_wide:
+        if rows and len(rows[-1]) == 1 and not panel.is_wide and not rows[-1][0].is_wide:
             rows[-1].append(panel)
         else:
             rows.append([panel])
+    return [row if len(row) == 2 else [row[0]._replace(is_wide=True)] for row in rows]
+
+
+def _write_png(title: str, rows: Sequence[Sequence[_Panel]], path: Path) -> None:
     figure = _new_figure(11, 0.6 + 3.2 * max(1, len(rows)))
     figure.suptitle(_label(title), fontsize=13, fontweight="bold")
     for row, part in zip(rows, figure.subfigures(max(1, len(rows)), 1, squeeze=False)[:, 0], strict=False):
-        columns = part.subfigures(1, 1 if row[0].is_wide else 2, squeeze=False)[0]
-        for panel, place in zip(row, columns, strict=False):
+        for panel, place in zip(row, part.subfigures(1, len(row), squeeze=False)[0], strict=True):
             place.suptitle(_label(panel.title), fontsize=10, fontweight="bold")
             panel.draw(place)
     figure.savefig(path, dpi=110)
@@ -659,7 +664,9 @@ def report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path
             title, panels, page = names[0], _panels_of(found[0]), _page_of(found[0])
         else:
             title, panels, page = ", ".join(names), _panels_comparing(found), _page_comparing(found)
-        text = _PAGE.substitute(page, title=_html(title), figures="\n".join(map(_figure, panels)))
-        _write_png(title, panels, output.with_suffix(".png"))
+        rows = _rows(panels)
+        figures = "\n".join(_figure(panel) for row in rows for panel in row)
+        text = _PAGE.substitute(page, title=_html(title), figures=figures)
+        _write_png(title, rows, output.with_suffix(".png"))
     output.write_text(text, encoding="utf-8")
     return output
