@@ -373,7 +373,7 @@ def _panels_of(run: _Run) -> list[_Panel]:
         *panel("Loss", curves(loss="total", hidden_loss="hidden", logits_loss="logits"), scale="log"),
         *panel("Hidden loss by student layer", layers, scale="log"),
         *panel("Metrics", [_Curve(" ".join(of), *_scores(run, *of), _color(i)) for i, of in scores], x_label="epoch"),
-        *panel("Learning rate", curves(lr="student", gate_lr="gates"), draw=_curves_apart),
+        *panel("Learning rate", curves(lr="model", gate_lr="gates"), draw=_curves_apart),
     ]
     for name in ("tokens_per_second", "peak_memory_mb"):
         title, scale = _COLUMNS[name]
