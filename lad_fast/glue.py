@@ -665,6 +665,12 @@ def compute_metrics(task: str | Task, predictions: np.ndarray, labels: np.ndarra
     return {name: _METRIC_FUNCTIONS[name](labels, predictions) for name in task.metrics}
 
 
+def confusion_matrix(task: Task, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Examples by label and prediction, both (N,) class ids: (C, C) int64, a row a label and a column a prediction."""
+    size = task.num_labels
+    return np.bincount(labels.astype(np.int64) * size + predictions, minlength=size**2).reshape(size, size)
+
+
 def _check_values(task: Task, name: str, values: np.ndarray) -> None:
     if task.is_regression:
         bad = int(np.argmin(np.isfinite(values)))

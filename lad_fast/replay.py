@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -176,10 +175,9 @@ def _model(described: dict) -> PreTrainedModel:
 
 
 def _notes(state: dict, config: TrainingConfig, device: torch.device, same_kind: bool) -> Iterator[str]:
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     for name, version in state["versions"].items():
-        if versions[name] != version:
-            yield f"{name} was {version} and is {versions[name]}"
+        if training.VERSIONS[name] != version:
+            yield f"{name} was {version} and is {training.VERSIONS[name]}"
     if not same_kind:
         yield f"the run was on {state['device']}, this is on {device}: dropout draws other numbers"
     if state["processes"] > 1:

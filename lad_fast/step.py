@@ -237,12 +237,22 @@ class DistillStep:
         with self.autocast():
             return batch.teacher or self._run_teacher(batch.inputs)
 
-    def look_at_gates(self, batch: dict[str, Tensor]) -> list[dict]:
-        """:meth:`lad_fast.GateStack.condition` on what a step on the batch would take of the teacher."""
+    def look_at_gates(self, batch: dict[str, Tensor]) -> dict[str, list]:
+        """What a log tells of the gates, on what a step on the batch would take of the teacher.
+
+        Returns:
+            "gates", their :meth:`~lad_fast.GateStack.condition`; "contributions", (K, L): of the
+            :meth:`~lad_fast.GateStack.contributions`, the aggregates that the student's K layers learn from.
+        """
         batch = self.prepare(batch)
         packing = batch.inputs.get("packing")
-        mask = batch.attention_mask if self.mask_padding else None
-        return self.gates.condition(self.teach(batch)[1], mask, None if packing is None else packing.cu_seqlens)
+        where = {
+            "hidden_states": self.teach(batch)[1],
+            "attention_mask": batch.attention_mask if self.mask_padding else None,
+            "cu_seqlens": None if packing is None else packing.cu_seqlens,
+        }
+        shares = self.gates.contributions(**where)[list(self.objective.layers)]
+        return {"gates": self.gates.condition(**where), "contributions": shares.tolist()}
 
     def state_dict(self) -> dict:
         """All that steps change, in nested dicts and lists: what the next step depends on beside its batch."""

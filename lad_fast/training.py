@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
 
+from lad_fast import __version__
 from lad_fast.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -41,12 +42,18 @@ from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.functional import fused_distill_loss
 from lad_fast.gates import GateStack
-from lad_fast.glue import Task, compute_metrics, get_task, load_split, predictions_from_logits
+from lad_fast.glue import Task, compute_metrics, confusion_matrix, get_task, load_split, predictions_from_logits
 from lad_fast.models import build_student, load_classifier, model_inputs, quiet, run_model, save_checkpoint
 from lad_fast.objective import LADObjective
 from lad_fast.packed import can_pack, enable_packing
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.teacher_cache import TeacherCache, choose_place
+from lad_fast.tracking import TRACKERS, Tracker
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 __all__ = [
     "RECIPES", "DistillConfig", "Evaluation", "FinetuneConfig", "TrainingResult", "distill",
@@ -54,6 +61,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
+VERSIONS = {"lad_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 _MOST_SKIPPED = 40  # steps in a row: the loss scale has been halved from 2^16 to 2^-24, and will not help
 
 
@@ -121,6 +129,8 @@ class TrainingConfig:
     """Stop at the very step whose losses or gradients are not finite, not at the next log line; waits at each step."""
     progress: bool = True
     """Progress bar and one line an evaluation, on stderr."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the lines of log.jsonl go too: TensorBoard's files in output_dir/tensorboard, or Weights & Biases."""
 
 
 @dataclass(kw_only=True)
@@ -400,11 +410,12 @@ def _start(config: TrainingConfig) -> torch.device:
     for name in ("max_grad_norm", "save_minutes"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it takes a number above 0")
-    for name in ("precision", "padding", "optimizer", "method", "teacher_cache"):
+    for name in ("precision", "padding", "optimizer", "method", "teacher_cache", "log"):
         known = get_args(get_type_hints(type(config)).get(name))
         value = getattr(config, name, None)
         if known and value not in known:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(known)}")
+    current_world().first(TRACKERS[config.log].check)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if not 0 <= config.seed < 2**32:
@@ -554,7 +565,9 @@ def _run(
     position, best = {"epoch": 1, "batches": 0}, None
     if world.rank:  # until here all drew the same; dropout is each process's own
         set_seed((config.seed + world.rank) % 2**32)
-    with _Log(config, task.name, step, batches.split.ids, partial(_dump, config, task, step, batches)) as log:
+    tracker = TRACKERS[config.log](output_dir, asdict(config))
+    dump = partial(_dump, config, task, step, batches)
+    with world.first_enters(tracker), _Log(config, task.name, step, batches.split.ids, dump, tracker) as log:
         if found is not None:
             position, best = found.state["position"], world.first(_bring_best, found, output_dir)
             step.load_state_dict(found.state["step"])
@@ -589,15 +602,16 @@ def _run(
                         save()
                     signals.check()
                 log.write_losses(epoch, step.scheduler.get_last_lr())
-                metrics = {
-                    name: evaluate(
-                        step.student, signals.watch(split), task, precision=config.precision, world=world
-                    ).metrics
+                found = {
+                    name: evaluate(step.student, signals.watch(split), task, precision=config.precision, world=world)
                     for name, split in evaluation.items()
                 }
+                metrics = {name: split.metrics for name, split in found.items()}
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
-                gates = {} if step.gates is None else {"gates": world.first(step.look_at_gates, batches.first())}
-                log.write_metrics(state | gates)
+                told = {} if step.gates is None else world.first(step.look_at_gates, batches.first())
+                if not task.is_regression:
+                    told["confusion"] = {name: split.confusion.tolist() for name, split in found.items()}
+                log.write_metrics(state | told)
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
@@ -626,7 +640,7 @@ def _run(
 # What does not change what is computed but by rounding; models and data are compared by content, not by path.
 _MAY_DIFFER = {
     "output_dir", "data_dir", "cache_dir", "model", "teacher", "pretrained", "recipe", "resume", "save_steps",
-    "save_minutes", "save_total_limit", "device", "num_threads", "log_every", "detect_anomaly", "progress",
+    "save_minutes", "save_total_limit", "device", "num_threads", "log_every", "detect_anomaly", "progress", "log",
 }  # fmt: skip
 
 
@@ -691,7 +705,7 @@ def _take_folder(config: TrainingConfig, checkpoints: Checkpoints, run: dict) ->
     elif config.resume == "never":
         checkpoints.clear()
     (output_dir / "results.json").unlink(missing_ok=True)
-    write_json(output_dir / "config.json", asdict(config))
+    write_json(output_dir / "config.json", asdict(config) | {"versions": VERSIONS})
     return found
 
 
@@ -809,7 +823,7 @@ def _dump(
         "teacher": teacher,
         "options": {name: value for name, value in _step_options(config, batches).items() if name != "world"},
         "processes": step.world.size,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": VERSIONS,
         "device": str(device),
     }
     content = json.loads(json.dumps(described, default=str)) | broken._asdict() | {"inputs": inputs, "state": state}
@@ -834,6 +848,7 @@ class _Log:
         step: whose losses they are.
         ids: (N,) of the training examples.
         dump: writes what it takes to run a :class:`_Broken` step again, beside the log, and returns where to.
+        tracker: gets each line too; open in the first process.
     """
 
     def __init__(
@@ -843,8 +858,9 @@ class _Log:
         step: DistillStep,
         ids: np.ndarray,
         dump: Callable[[Path, _Broken], Path],
+        tracker: Tracker,
     ) -> None:
-        self.step, self.dump, self.world = step, dump, step.world
+        self.step, self.dump, self.world, self.tracker = step, dump, step.world, tracker
         self.show, self.checks_each_step, self.ids = config.progress and self.world.is_first, config.detect_anomaly, ids
         self.is_scaled, self.device = step.scaler.is_enabled(), step.student.device
         self.path = Path(config.output_dir) / "log.jsonl" if self.world.is_first else Path(os.devnull)
@@ -881,6 +897,9 @@ class _Log:
         self.since = time.perf_counter() - state["window_seconds"]
         self.file.write(lines.decode())
         self.file.flush()
+        if self.world.is_first:
+            for line in lines.splitlines():
+                self.tracker.write(json.loads(line))
         self.bar.n = self.bar.initial = self.steps
 
     def start_window(self) -> None:
@@ -964,6 +983,8 @@ class _Log:
         if self.is_scaled:
             record["skipped_steps"] = self.skipped
         record["tokens_per_second"] = round(self.window_tokens / seconds, 1)
+        if (peak := _peak_memory(self.device)) is not None:
+            record["peak_memory_mb"] = round(peak / 1e6, 1)
         self.seconds += seconds
         self.tokens += self.window_tokens
         self._write(record)
@@ -991,6 +1012,17 @@ class _Log:
             self.file.flush()
         except OSError as error:
             raise OSError(f"{self.path} could not be written ({error})") from error
+        if self.world.is_first:
+            self.tracker.write(record)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes at most so far: on a GPU its tensors', else this process's; None on Windows, which does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def numbers(losses: dict[str, Tensor], grad_norms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1013,6 +1045,8 @@ class Evaluation(NamedTuple):
     """(N,) class ids, or floats for regression."""
     logits: np.ndarray
     """(N, C) float32."""
+    confusion: np.ndarray | None
+    """(C, C) int64, examples by label (row) and prediction (column); None for regression and without labels."""
 
 
 @torch.no_grad()
@@ -1057,8 +1091,12 @@ def evaluate(
     order = np.argsort(ids, kind="stable")
     logits = torch.cat(logits).numpy()[order]
     predictions = predictions_from_logits(task, logits)
-    metrics = compute_metrics(task, predictions, torch.cat(labels).numpy()[order]) if labels else {}
-    return Evaluation(metrics, ids[order], predictions, logits)
+    metrics, confusion = {}, None
+    if labels:
+        labels = torch.cat(labels).numpy()[order]
+        metrics = compute_metrics(task, predictions, labels)
+        confusion = None if task.is_regression else confusion_matrix(task, predictions, labels)
+    return Evaluation(metrics, ids[order], predictions, logits, confusion)
 
 
 @dataclass(frozen=True)

@@ -187,9 +187,9 @@ def lines(folder):
 
 
 def numbers(record):
-    """Every number of a log line by its place in it, but for times."""
+    """Every number of a log line by its place in it, but for times and memory."""
     if isinstance(record, dict):
-        items = [(name, value) for name, value in record.items() if name != "tokens_per_second"]
+        items = [item for item in record.items() if item[0] not in ("tokens_per_second", "peak_memory_mb")]
     else:
         items = enumerate(record)
     found = {}
@@ -223,7 +223,7 @@ def test_two_processes_do_what_one_does(tmp_path, pair, case):
 
 
 def outcome(folder):
-    """Everything a run leaves but times: weights to the bit, the log, the results."""
+    """Everything a run leaves but times and memory: weights to the bit, the log, the results."""
     tensors = {
         f"{path.relative_to(folder)}:{name}": value.numpy().tobytes()
         for path in sorted(folder.glob("*/*.safetensors"))

@@ -138,6 +138,13 @@ def test_a_run_warns_once_and_logs_each_time(tmp_path, caplog, options):
     logged = [line["gates"] for line in lines if "metrics" in line]
     assert [[gate["state"] for gate in gates] for gates in logged] == 3 * [["saturated", "saturated", "collapsed"]]
     assert json.loads((tmp_path / "results.json").read_text())["history"][0]["gates"] == logged[0]
+    # With the first gate shut and the second open, the student's first layer learns from teacher layer 1, its second
+    # from layers 3 and 4 as the third gate blends them.
+    shares = [line["contributions"] for line in lines if "metrics" in line]
+    assert [len(rows) for rows in shares] == 3 * [2]
+    for (first, second), gates in zip(shares, logged, strict=True):
+        assert first == pytest.approx([1, 0, 0, 0], abs=1e-5)
+        assert second == pytest.approx([0, 0, 1 - gates[2]["openness"], gates[2]["openness"]], abs=1e-5)
 
 
 def test_a_run_that_goes_on_does_not_warn_again(tmp_path, caplog):

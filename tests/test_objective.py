@@ -240,3 +240,14 @@ def test_contributions_are_shares(reverse):
     second = 3 if reverse else 1
     g = torch.sigmoid(hidden[first] @ gates.weight[0].T + gates.bias[0])
     torch.testing.assert_close(shares[second, second], g[mask.bool()].mean())
+
+
+@pytest.mark.parametrize("options", ({}, {"norm": "token"}, {"reverse": True}), ids=str)
+def test_contributions_of_packed_states_are_those_of_padded_ones(options):
+    torch.manual_seed(0)
+    gates, mask = GateStack(4, 8, 6, **options), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    padded = [torch.randn(2, 6, 8) for _ in range(4)]
+    packed = [h[mask.bool()] for h in padded]
+    found = gates.contributions(packed, cu_seqlens=torch.tensor([0, 6, 9], dtype=torch.int32))
+    torch.testing.assert_close(found, gates.contributions(padded, mask))
+    assert (found - gates.contributions(padded)).abs().max() > 1e-3, "padding would have counted"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from itertools import count
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from lad_fast.checkpoint import CheckpointError, Checkpoints, Interrupted
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import get_task
 from lad_fast.models import save_checkpoint
+from lad_fast.tracking import scalars
 from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
 
 RTE = get_task("rte")
-TIMES = ("tokens_per_second", "seconds")
+TIMES = ("tokens_per_second", "seconds", "peak_memory_mb")
 
 
 def bert(num_layers=4, seed=0, dropout=0.1):
@@ -95,7 +97,7 @@ def stopped(output_dir, num_calls=17, number=signal.SIGTERM, **options):
 
 
 def outcome(folder):
-    """Everything a run leaves but times: weights to the bit, the log, the results."""
+    """Everything a run leaves but times and memory: weights to the bit, the log, the results."""
 
     def timeless(record):
         return {name: value for name, value in record.items() if name not in TIMES}
@@ -801,3 +803,105 @@ def test_a_stopped_run_goes_on_on_a_gpu(tmp_path, options):
     (_, right, _), (_, log, _) = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
     losses, expected = ([line["loss"] for line in lines if "loss" in line] for lines in (log, right))
     assert losses == pytest.approx(expected, rel=1e-4)
+
+
+# --- TensorBoard and Weights & Biases ---------------------------------------------------------------------------------
+
+
+def of_log(folder):
+    """What a tracker must hold: (name, step, number) of each number in log.jsonl."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return sorted((name, record["step"], value) for record in records for name, value in scalars(record).items())
+
+
+def of_tensorboard(folder):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError)
+    found = events.EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}, purge_orphaned_data=False).Reload()
+    return sorted((name, e.step, e.value) for name in found.Tags()["scalars"] for e in found.Scalars(name))
+
+
+def same(found, expected):
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    np.testing.assert_allclose([entry[2] for entry in found], [entry[2] for entry in expected], rtol=1e-6)
+
+
+def test_scalars_are_named_by_their_places():
+    gates = [{"open": 0.5, "state": None}]
+    record = {"step": 3, "epoch": 1, "loss": 1.5, "task": "rte", "metrics": {"a": {"f1": 1}}, "gates": gates}
+    assert scalars(record) == {"loss": 1.5, "metrics/a/f1": 1, "gates/0/open": 0.5}
+
+
+def test_tensorboard_holds_the_log_and_no_step_twice(tmp_path, undisturbed):
+    """Without the checkpoint it was stopped with, lines after the one before come again."""
+    stop = stopped(tmp_path, 17, log="tensorboard")
+    same(of_tensorboard(tmp_path), of_log(tmp_path))
+    shutil.rmtree(stop.path)
+    train(tmp_path, log="tensorboard")
+    expected = of_log(tmp_path)
+    same(of_tensorboard(tmp_path), expected)
+    assert len({entry[:2] for entry in expected}) == len(expected) > 100
+    assert outcome(tmp_path) == undisturbed(), "where the log goes changes nothing in the run"
+
+
+def test_a_run_may_go_on_with_another_tracker(tmp_path):
+    stopped(tmp_path, 17)
+    assert not (tmp_path / "tensorboard").exists()
+    train(tmp_path, log="tensorboard")
+    same(of_tensorboard(tmp_path), of_log(tmp_path))
+
+
+class FakeWandb(types.ModuleType):
+    """Records what is asked of it."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refusal=None):
+        super().__init__("wandb")
+        self.refusal, self.options, self.logged, self.finished = refusal, [], [], 0
+
+    def init(self, **options):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.options.append(options)
+        self.logged.clear()  # each is a run of its own
+        return self
+
+    def log(self, values, step):
+        self.logged += [(name, step, value) for name, value in values.items()]
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_holds_the_log(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    stopped(tmp_path, 17, log="wandb")
+    train(tmp_path, log="wandb")
+    assert sorted(fake.logged) == of_log(tmp_path)
+    assert fake.finished == len(fake.options) == 2
+    assert fake.options[0] == fake.options[1]
+    assert fake.options[0]["dir"] == str(tmp_path)
+    assert fake.options[0]["config"]["learning_rate"] == "0.003"
+
+
+def test_what_wandb_refuses_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no API key\n"))
+    with pytest.raises(ValueError, match=r"log is 'wandb'; wandb\.init says no API key; with WANDB_MODE=offline"):
+        train(tmp_path, log="wandb")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "module", "message"),
+    [
+        ("tensorboard", "torch.utils.tensorboard", r"'tensorboard' needs .* pip install 'lad_fast\[tensorboard\]'"),
+        ("wandb", "wandb", "'wandb' needs .* pip install wandb"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path, monkeypatch, log, module, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=message):
+        train(tmp_path / "run", log=log)
+    assert not (tmp_path / "run").exists()

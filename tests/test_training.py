@@ -475,8 +475,13 @@ def test_finetune_learns_and_records(tmp_path):
     assert losses[-1]["lr"] == 0
     assert losses[0]["lr"] == pytest.approx(3e-3 * 3 / 4)
     assert all(line["tokens_per_second"] > 0 for line in losses)
+    assert all(100 < line["peak_memory_mb"] < 1e5 for line in losses), "of a process that has PyTorch loaded"
     evaluations = [line for line in lines(config.output_dir) if "metrics" in line]
     assert [line["epoch"] for line in evaluations] == [1, 2, 3]
+    for line in evaluations:
+        confusion = np.array(line["confusion"]["validation"])
+        assert confusion.sum(axis=1).tolist() == np.bincount(evaluation["validation"].labels).tolist()
+        assert np.trace(confusion) == pytest.approx(64 * line["metrics"]["validation"]["accuracy"])
     assert evaluations == result.history
     saved = json.loads((config.output_dir / "results.json").read_text())
     assert saved["best_metrics"] == result.best_metrics
@@ -637,6 +642,7 @@ def test_regression_end_to_end(tmp_path):
         config, train=split(36, STSB), evaluation={"validation": split(20, STSB, seed=1)}, teacher=bert(STSB)
     )
     assert set(result.best_metrics["validation"]) == set(STSB.metrics)
+    assert not any("confusion" in line for line in lines(tmp_path / "run"))
     predictions = evaluate(result.model, Batches(split(20, STSB, seed=1), 8, 0, shuffle=False), STSB).predictions
     assert predictions.min() >= 0
     assert predictions.max() <= 5
