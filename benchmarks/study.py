@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 
 import numpy as np
 import torch
-from bench_record import README, ROOT, facts, replace_between
+from bench_record import README, ROOT, facts, is_disturbed, replace_between
 from measuring import OtherJobs, seconds_of
 
 from lad_fast.checkpoint import Interrupted, write_json
@@ -408,7 +408,7 @@ def comparison(content: dict, ours: str = "lad", theirs: str = "lad-published") 
         error = (a_error**2 + b_error**2) ** 0.5
         good += a - b >= -error
         ratio = f"{abs(a - b) / error:.1f} standard errors" if error else "no spread over seeds"
-        parts.append(f"{TITLES[task]} {a - b:+.1f} ({ratio})")
+        parts.append(f"{TITLES[task]} {round(a - b, 1) + 0:+.1f} ({ratio})")  # + 0: no minus before a zero
     names = f"{LABELS[ours]}, against {LABELS[theirs]}"
     if not parts:
         return f"{names}: no task has two seeds of both yet."
@@ -454,7 +454,7 @@ def table(content: dict) -> str:
 
 
 def _settings_table(content: dict) -> str:
-    """Learning rate, hidden weight and seconds of the final runs."""
+    """Learning rate, hidden weight and seconds of the final runs; ~ where others took the processors meanwhile."""
 
     def cell(task: str, model: str) -> str:
         rows = [r for r in content["runs"] if (r["task"], r["phase"], r["model"]) == (task, "final", model)]
@@ -462,12 +462,14 @@ def _settings_table(content: dict) -> str:
             return "missing"
         settings = rows[0]["settings"]
         weight = f", {settings['hidden_weight']:g}" if "hidden_weight" in settings else ""
-        return f"{settings['learning_rate']:.0e}{weight}; {statistics.median(r['seconds'] for r in rows):.0f} s"
+        about = "~" if any(map(is_disturbed, rows)) else ""
+        seconds = statistics.median(row["seconds"] for row in rows)
+        return f"{settings['learning_rate']:.0e}{weight}; {about}{seconds:.0f} s"
 
     tasks = content["plan"]["tasks"]
     return "\n".join(
         [
-            f"| chosen learning rate, hidden weight; median time of a run | {' | '.join(map(TITLES.get, tasks))} |",
+            f"| learning rate, hidden weight (students': chosen); median time | {' | '.join(map(TITLES.get, tasks))} |",
             f"|---|{'---|' * len(tasks)}",
             *(
                 f"| {LABELS[model]} | {' | '.join(cell(task, model) for task in tasks)} |"
@@ -483,7 +485,10 @@ def _latency_table(latency: dict) -> str:
         for row in latency["rows"]
     ]
     head = f"inference in float32 on {latency['machine']}, {latency['threads']} threads"
-    return "\n".join([f"| {head} | parameters | batch of 1 | of 32 |", "|---|---|---|---|", *rows])
+    lines = [f"| {head} | parameters | batch of 1 | of 32 |", "|---|---|---|---|", *rows]
+    if is_disturbed(latency):
+        lines += ["", f"Others took {100 * latency['other_jobs']:.0f} % of the processors meanwhile: measure again."]
+    return "\n".join(lines)
 
 
 def measure_latency(result: Path, threads: int | None, load: Callable[[str], Data] = load) -> None:
@@ -501,7 +506,7 @@ def measure_latency(result: Path, threads: int | None, load: Callable[[str], Dat
     about = {name: where[name] for name in ("machine", "threads", "versions")} | {"commit": commit()}
     found = {**about, "other_jobs": others.share(), "rows": rows}
     write_json(result, read(result) | {"latency": found})
-    print(f"{_latency_table(found)}\nother jobs took {100 * (found['other_jobs'] or 0):.0f} % of the processors")
+    print(_latency_table(found))
 
 
 @torch.inference_mode()
@@ -528,14 +533,15 @@ def figure(content: dict, path: Path) -> Path:
         for i, student in enumerate(content["plan"]["students"]):
             if scores := final_scores(content, task, student):
                 mean, error = mean_and_error(scores)
-                panel.errorbar(i, mean, error or 0, fmt="o", capsize=4, label=LABELS[student].replace("`", ""))
+                label = LABELS[student].replace("`", "")
+                panel.errorbar(i, mean, error or 0, fmt="o", color=f"C{i}", capsize=4, label=label)
                 panel.plot([i] * len(scores), scores, "_", color="gray", markersize=5)
         panel.axhline(final_scores(content, task, TEACHER)[0], linestyle="--", color="black", label="teacher")
         panel.set_title(f"{TITLES[task]}, {content['plan']['tasks'][task]['metric']}")
         panel.set_xticks([])
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("points on the validation split")
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     drawing.savefig(path, dpi=150)
     return path

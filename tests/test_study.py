@@ -278,6 +278,17 @@ def test_latency_is_kept_beside_the_runs(small, tmp_path):
     assert teacher["num_parameters"] > student["num_parameters"]
     assert all(row["ms"][size] > 0 for row in (teacher, student) for size in ("1", "32"))
     assert f"| student, 2 layers | {student['num_parameters'] / 1e6:.1f} M |" in study.table(content)
+    for share, told in ((0.01, False), (0.42, True)):
+        content["latency"]["other_jobs"] = share
+        assert ("Others took 42 % of the processors" in study.table(content)) == told
+
+
+def test_times_among_other_jobs_are_marked():
+    content = made_up(SCORES)
+    assert "1e-04; 62 s" in study.table(content)  # the median of lad's three runs
+    for row in content["runs"]:
+        row["other_jobs"] = 0.3 * (row["number"] == 1)
+    assert "1e-04; ~62 s" in study.table(content)
 
 
 def test_plans_fit_the_tasks():
