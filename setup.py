@@ -59,6 +59,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5,<6",
         'triton>=3.6,<3.10; platform_system == "Linux"',
+        "typing-extensions>=4.8",
         "tyro>=1,<2",
     ],
     extras_require=EXTRAS,

@@ -339,10 +339,8 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     norm_weight = gates[2]
     seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
     backend = _check_backend(backend, first)
+    cu_seqlens = _check_bounds(cu_seqlens, attention_mask, first, seq_len)
     if cu_seqlens is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, first, seq_len)
         if backend == "reference" and cu_seqlens.is_meta:
             raise ValueError("cu_seqlens is on the meta device; backend 'reference' reads it, 'torch' does not")
     elif seq_len is not None and first.shape[1] > seq_len:
@@ -352,6 +350,25 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     if attention_mask is not None:
         _check_mask(attention_mask, first)
     return _Chain(hidden_states, gates, layers, attention_mask, cu_seqlens, reverse, memory, backend)
+
+
+def check_layers(
+    student_hidden_states, hidden_states, num_layers: int, hidden_size: int, attention_mask, cu_seqlens
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Both models' states of an objective without gates, L of the teacher's, and bounds beside them."""
+    teacher = _check_hidden_states("teacher_hidden_states", hidden_states, packed=cu_seqlens is not None)
+    if len(teacher) != num_layers:
+        raise ValueError(
+            f"teacher_hidden_states holds {len(teacher)} tensors; it takes num_layers = {num_layers} "
+            "(leave the embedding output out)"
+        )
+    if teacher[0].shape[-1] != hidden_size:
+        raise ValueError(
+            f"teacher_hidden_states have shape {tuple(teacher[0].shape)}; they take hidden_size = {hidden_size}"
+        )
+    cu_seqlens = _check_bounds(cu_seqlens, attention_mask, teacher[0], None)
+    student, _ = _check_pairs(student_hidden_states, teacher[:1] * len(student_hidden_states), attention_mask)
+    return student, teacher, cu_seqlens
 
 
 def check_contributions(hidden_states, gates, attention_mask, cu_seqlens) -> None:
@@ -539,8 +556,12 @@ def _check_mask(attention_mask, hidden: Tensor) -> None:
     _check_same_device("attention_mask", attention_mask, "the hidden states", hidden)
 
 
-def _check_cu_seqlens(cu_seqlens, hidden: Tensor, seq_len: int | None) -> Tensor:
+def _check_bounds(cu_seqlens, attention_mask, hidden: Tensor, seq_len: int | None) -> Tensor | None:
     """Bounds as an int32 tensor beside ``hidden``; checked where they can be read without a device sync."""
+    if cu_seqlens is None:
+        return None
+    if attention_mask is not None:
+        raise ValueError("attention_mask and cu_seqlens exclude each other: packed states hold no padding")
     if not isinstance(cu_seqlens, Tensor):
         is_sequence = isinstance(cu_seqlens, Sequence) and not isinstance(cu_seqlens, bytes)
         if not is_sequence or not all(type(bound) is int for bound in cu_seqlens):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lad_fast.gates import GateStack, check_inside
-from lad_fast.objective import LADObjective
+from lad_fast.objective import HiddenObjective, LADObjective
 from lad_fast.step import clip_each_gate_
 
 __all__ = ["LADTrainer", "LADTrainingArguments"]
@@ -39,7 +39,7 @@ class LADTrainingArguments(TrainingArguments):
 
 
 class LADTrainer(Trainer):
-    """``Trainer`` whose training loss is LAD's: the student ``model`` learns from a frozen ``teacher``.
+    """``Trainer`` whose training loss is LAD's or another objective's: ``model`` learns from a frozen ``teacher``.
 
     Gates (and projections) are trained by the same optimizer in groups of their own, each gate is clipped on its own,
     and they are saved and loaded with every checkpoint (gates.safetensors). Evaluation is Trainer's: the student alone.
@@ -49,8 +49,8 @@ class LADTrainer(Trainer):
         model: the student, a sequence classifier.
         args: :class:`LADTrainingArguments`.
         teacher: a fine-tuned sequence classifier; put on the training device, in eval mode.
-        objective: :class:`~lad_fast.LADObjective` for both models; None makes one with its defaults, for examples of
-            up to ``seq_len`` tokens.
+        objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies` for both models; None makes
+            LAD's with its defaults, for examples of up to ``seq_len`` tokens.
         seq_len: where ``objective`` is None.
         **options: as Trainer takes them. Datasets need "labels" (or "label").
 
@@ -64,7 +64,7 @@ class LADTrainer(Trainer):
         args: LADTrainingArguments,
         *,
         teacher: PreTrainedModel,
-        objective: LADObjective | None = None,
+        objective: HiddenObjective | None = None,
         seq_len: int = 128,
         **options,
     ) -> None:
@@ -123,11 +123,13 @@ class LADTrainer(Trainer):
             return self.optimizer
         optimizer = super().create_optimizer(model)
         gates, rate, decay = self.objective.gates, self.args.gate_learning_rate, self.args.weight_decay
-        affine = [gates.bias, gates.norm_weight, gates.norm_bias]
-        groups = [
-            {"params": [gates.weight], "lr": rate, "weight_decay": decay},
-            {"params": affine, "lr": rate, "weight_decay": 0.0},
-        ]
+        groups = []
+        if gates is not None:
+            affine = [gates.bias, gates.norm_weight, gates.norm_bias]
+            groups += [
+                {"params": [gates.weight], "lr": rate, "weight_decay": decay},
+                {"params": affine, "lr": rate, "weight_decay": 0.0},
+            ]
         if self.objective.projections is not None:
             named = list(self.objective.projections.named_parameters())
             groups += [
@@ -142,7 +144,7 @@ class LADTrainer(Trainer):
         projections = self.objective.projections
         parameters = [*model.parameters(), *(projections.parameters() if projections is not None else ())]
         norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)  # unscales the gates' as well
-        if self.args.gate_max_grad_norm > 0:
+        if self.objective.gates is not None and self.args.gate_max_grad_norm > 0:
             clip_each_gate_(self.objective.gates, self.args.gate_max_grad_norm)
         return norm
 
@@ -150,7 +152,8 @@ class LADTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            self.objective.gates.save_pretrained(folder)
+            if self.objective.gates is not None:
+                self.objective.gates.save_pretrained(folder)
             if self.objective.projections is not None:
                 state = {name: value.contiguous() for name, value in self.objective.projections.state_dict().items()}
                 save_file(state, folder / _PROJECTIONS)
@@ -164,10 +167,11 @@ class LADTrainer(Trainer):
         self._load_objective(Path(self.state.best_model_checkpoint))
 
     def _load_objective(self, folder: Path) -> None:
-        gates = GateStack.from_pretrained(folder)
-        if gates.config != self.objective.gates.config:
-            raise ValueError(f"{folder} has gates of {gates.config}; these are of {self.objective.gates.config}")
-        self.objective.gates.load_state_dict(gates.state_dict())
+        if self.objective.gates is not None:
+            gates = GateStack.from_pretrained(folder)
+            if gates.config != self.objective.gates.config:
+                raise ValueError(f"{folder} has gates of {gates.config}; these are of {self.objective.gates.config}")
+            self.objective.gates.load_state_dict(gates.state_dict())
         if self.objective.projections is not None:
             check_inside(folder, folder / _PROJECTIONS)
             self.objective.projections.load_state_dict(load_file(folder / _PROJECTIONS))

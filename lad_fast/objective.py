@@ -1,4 +1,4 @@
-"""The training objective of LAD as a module."""
+"""Training objectives as modules: LAD's, and what it shares with those of :mod:`lad_fast.strategies`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,37 +18,32 @@ from lad_fast.functional import (
 )
 from lad_fast.gates import GateStack
 
-__all__ = ["LADObjective", "LADOutput"]
+__all__ = ["HiddenObjective", "LADObjective", "LADOutput"]
 
 
 class LADOutput(NamedTuple):
-    """What :class:`LADObjective` returns; float32 scalars that carry gradients, but for ``hidden_losses``."""
+    """What an objective returns; float32 scalars that carry gradients, but for ``hidden_losses``."""
 
     loss: Tensor
     """hidden_loss + logits_loss."""
     hidden_loss: Tensor
-    """Weighted mean squared errors against the aggregates, summed over student layers."""
+    """Weighted mean squared errors against the aggregates (or other targets), summed over student layers."""
     logits_loss: Tensor
     """Hard plus soft loss on the logits."""
     hidden_losses: Tensor
     """(K,) float32, detached: each student layer's share of ``hidden_loss``."""
 
 
-class LADObjective(nn.Module):
-    """``hard * CE + soft * T^2 * KL + mu / K * sum_k mean((h_k - A_{t_k})^2)`` (paper section 3.3).
-
-    Student layer k learns from aggregate ``t_k = k * (L // K)``, counted from 1.
+class HiddenObjective(nn.Module):
+    """What objectives on hidden states and logits share: settings, checks, projections and the call.
 
     Args:
-        gates: the :class:`~lad_fast.GateStack` for the teacher's L layers; trained by the hidden loss.
+        gates: trained with the objective; None where it has none.
+        num_layers: L of the teacher.
+        hidden_size: D of the teacher.
         num_student_layers: K, from 1 to L.
-        temperature: T of the soft loss, above 0.
-        soft_weight, hard_weight, hidden_weight: weights of the soft, hard and hidden loss (mu).
-        regression: squared errors on the logits instead of cross-entropies.
-        student_hidden_size: hidden size of the student where it differs from the teacher's D: adds one linear
-            projection a student layer to the teacher's size (``projections``).
-        memory: "auto", "low" or "fast"; see :func:`lad_fast.fused_aggregate`.
-        backend: None, "triton", "torch" or "reference"; see :func:`lad_fast.fused_aggregate`.
+        temperature, soft_weight, hard_weight, hidden_weight, regression, student_hidden_size, backend: see
+            :class:`LADObjective`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -56,7 +51,9 @@ class LADObjective(nn.Module):
 
     def __init__(
         self,
-        gates: GateStack,
+        gates: GateStack | None,
+        num_layers: int,
+        hidden_size: int,
         num_student_layers: int,
         temperature: float = 10.0,
         soft_weight: float = 0.5,
@@ -64,15 +61,14 @@ class LADObjective(nn.Module):
         hidden_weight: float = 1000.0,
         regression: bool = False,
         student_hidden_size: int | None = None,
-        memory: str = "auto",
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(gates, GateStack):
-            raise TypeError(f"gates is a {type(gates).__name__}; it takes a GateStack")
-        is_count = isinstance(num_student_layers, int) and not isinstance(num_student_layers, bool)
-        if not is_count or not 1 <= num_student_layers <= gates.num_layers:
-            raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {gates.num_layers}")
+        for name, value in {"num_layers": num_layers, "hidden_size": hidden_size}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it takes an integer of at least 1")
+        if type(num_student_layers) is not int or not 1 <= num_student_layers <= num_layers:
+            raise ValueError(f"num_student_layers is {num_student_layers!r}; it takes 1 to {num_layers}")
         check_number("temperature", temperature)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it takes a number above 0")
@@ -85,24 +81,19 @@ class LADObjective(nn.Module):
             raise ValueError(f"student_hidden_size is {student_hidden_size!r}; it takes an integer of at least 1")
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend is {backend!r}; it takes None or one of {BACKENDS}")
-        if memory not in MEMORY:
-            raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
         check_flag("regression", regression)
         self.gates = gates
         self.num_student_layers = num_student_layers
-        self.temperature, self.regression = temperature, regression
-        self.memory, self.backend = memory, backend
+        self.temperature, self.regression, self.backend = temperature, regression, backend
         self.soft_weight, self.hard_weight, self.hidden_weight = soft_weight, hard_weight, hidden_weight
-        skip = gates.num_layers // num_student_layers
-        self.layers = tuple(range(skip - 1, gates.num_layers, skip))[:num_student_layers]
         self.projections = None
-        if student_hidden_size not in (None, gates.hidden_size):
+        if student_hidden_size not in (None, hidden_size):
             self.projections = nn.ModuleList(
-                nn.Linear(student_hidden_size, gates.hidden_size) for _ in range(num_student_layers)
+                nn.Linear(student_hidden_size, hidden_size) for _ in range(num_student_layers)
             )
 
     def extra_repr(self) -> str:
-        names = ("layers", "temperature", "soft_weight", "hard_weight", "hidden_weight", "regression", "backend")
+        names = ("temperature", "soft_weight", "hard_weight", "hidden_weight", "regression", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
@@ -147,7 +138,6 @@ class LADObjective(nn.Module):
                 f"num_student_layers = {self.num_student_layers} (leave the embedding output out)"
             )
         _check_devices(student_hidden_states, teacher_hidden_states, self.gates, student_logits, teacher_logits, labels)
-        backend = backend or self.backend
         if self.projections is not None:
             for i, h in enumerate(student_hidden_states):
                 _check_projected(f"student_hidden_states[{i}]", h, self.projections[i].weight)
@@ -158,18 +148,81 @@ class LADObjective(nn.Module):
             student_logits, teacher_logits, labels, self.temperature, self.soft_weight, self.hard_weight,
             self.regression,
         )  # fmt: skip
-        *losses, hidden_losses = chain_loss(
-            student_hidden_states, teacher_hidden_states, self.gates, self.layers, attention_mask, cu_seqlens,
-            self.hidden_weight, logits=logits, memory=self.memory, backend=backend,
-        )  # fmt: skip
+        *losses, hidden_losses = self._losses(
+            student_hidden_states, teacher_hidden_states, logits, attention_mask, cu_seqlens, backend or self.backend
+        )
         return LADOutput(*losses, hidden_losses.detach())
 
+    def _losses(self, student, teacher, logits: LogitsLoss, attention_mask, cu_seqlens, backend) -> Sequence[Tensor]:
+        """Loss, hidden loss, logits loss and the (K,) terms of the hidden loss; ``student`` is projected."""
+        raise NotImplementedError
 
-def _check_devices(student, teacher, gates: GateStack, student_logits, teacher_logits, labels) -> None:
+
+def every_skipth_layer(num_layers: int, num_student_layers: int) -> tuple[int, ...]:
+    """0-based teacher layer of each student layer: k * (L // K), counted from 1."""
+    skip = num_layers // num_student_layers
+    return tuple(range(skip - 1, num_layers, skip))[:num_student_layers]
+
+
+class LADObjective(HiddenObjective):
+    """``hard * CE + soft * T^2 * KL + mu / K * sum_k mean((h_k - A_{t_k})^2)`` (paper section 3.3).
+
+    Student layer k learns from aggregate ``t_k = k * (L // K)``, counted from 1.
+
+    Args:
+        gates: the :class:`~lad_fast.GateStack` for the teacher's L layers; trained by the hidden loss.
+        num_student_layers: K, from 1 to L.
+        temperature: T of the soft loss, above 0.
+        soft_weight, hard_weight, hidden_weight: weights of the soft, hard and hidden loss (mu).
+        regression: squared errors on the logits instead of cross-entropies.
+        student_hidden_size: hidden size of the student where it differs from the teacher's D: adds one linear
+            projection a student layer to the teacher's size (``projections``).
+        memory: "auto", "low" or "fast"; see :func:`lad_fast.fused_aggregate`.
+        backend: None, "triton", "torch" or "reference"; see :func:`lad_fast.fused_aggregate`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        gates: GateStack,
+        num_student_layers: int,
+        temperature: float = 10.0,
+        soft_weight: float = 0.5,
+        hard_weight: float = 0.5,
+        hidden_weight: float = 1000.0,
+        regression: bool = False,
+        student_hidden_size: int | None = None,
+        memory: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(gates, GateStack):
+            raise TypeError(f"gates is a {type(gates).__name__}; it takes a GateStack")
+        super().__init__(
+            gates, gates.num_layers, gates.hidden_size, num_student_layers, temperature, soft_weight, hard_weight,
+            hidden_weight, regression, student_hidden_size, backend,
+        )  # fmt: skip
+        if memory not in MEMORY:
+            raise ValueError(f"memory is {memory!r}; it takes one of {MEMORY}")
+        self.memory = memory
+        self.layers = every_skipth_layer(gates.num_layers, num_student_layers)
+
+    def extra_repr(self) -> str:
+        return f"layers={self.layers!r}, {super().extra_repr()}"
+
+    def _losses(self, student, teacher, logits: LogitsLoss, attention_mask, cu_seqlens, backend) -> Sequence[Tensor]:
+        return chain_loss(
+            student, teacher, self.gates, self.layers, attention_mask, cu_seqlens, self.hidden_weight,
+            logits=logits, memory=self.memory, backend=backend,
+        )  # fmt: skip
+
+
+def _check_devices(student, teacher, gates: GateStack | None, student_logits, teacher_logits, labels) -> None:
     """Raises a ValueError where not everything is where the student is, before anything runs."""
     others = {
-        "teacher_hidden_states are": _any(teacher), "the gates are": gates.weight, "student_logits are": student_logits,
-        "teacher_logits are": teacher_logits, "labels are": labels,
+        "teacher_hidden_states are": _any(teacher), "the gates are": getattr(gates, "weight", None),
+        "student_logits are": student_logits, "teacher_logits are": teacher_logits, "labels are": labels,
     }  # fmt: skip
     student = _any(student)
     for name, tensor in others.items():

@@ -25,7 +25,7 @@ from lad_fast.distributed import ALONE, World
 from lad_fast.gates import GateStack
 from lad_fast.graphs import StepGraphs
 from lad_fast.models import model_inputs, run_model
-from lad_fast.objective import LADObjective
+from lad_fast.objective import HiddenObjective
 from lad_fast.optimizers import make_adamw
 from lad_fast.teacher_cache import TeacherCache
 
@@ -74,9 +74,9 @@ class DistillStep:
     Args:
         student: the model to train; put in training mode.
         teacher: put in eval mode and run without gradients; None trains on labels alone.
-        objective: :class:`~lad_fast.LADObjective`; or a function of (student_logits, teacher_logits, labels)
-            where hidden states take no part. None, without a teacher: cross-entropy, or squared error for
-            float labels.
+        objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies`; or a function of
+            (student_logits, teacher_logits, labels) where hidden states take no part. None, without a teacher:
+            cross-entropy, or squared error for float labels.
         learning_rate, gate_learning_rate: peaks for the student (with the objective's projections) and gates.
         total_steps, warmup_steps: optimizer steps.
         weight_decay: AdamW's.
@@ -106,7 +106,7 @@ class DistillStep:
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None = None,
-        objective: LADObjective | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        objective: HiddenObjective | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         *,
         learning_rate: float,
         gate_learning_rate: float = 0.0,
@@ -135,7 +135,7 @@ class DistillStep:
             teacher.eval()
             if precision in HALF:
                 self.teacher = with_half_linears(teacher, getattr(torch, precision))
-        self.uses_hidden_states = isinstance(objective, LADObjective)
+        self.uses_hidden_states = isinstance(objective, HiddenObjective)
         self.gates = objective.gates if self.uses_hidden_states else None
         self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
         device = student.device.type

@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
+from typing_extensions import Doc
 
 from lad_fast import __version__
 from lad_fast.checkpoint import (
@@ -40,13 +41,11 @@ from lad_fast.checkpoint import (
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
-from lad_fast.functional import fused_distill_loss
-from lad_fast.gates import GateStack
 from lad_fast.glue import Task, compute_metrics, confusion_matrix, get_task, load_split, predictions_from_logits
 from lad_fast.models import build_student, load_classifier, model_inputs, quiet, run_model, save_checkpoint
-from lad_fast.objective import LADObjective
 from lad_fast.packed import can_pack, enable_packing
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
+from lad_fast.strategies import STRATEGIES
 from lad_fast.teacher_cache import TeacherCache, choose_place
 from lad_fast.tracking import TRACKERS, Tracker
 
@@ -62,6 +61,9 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 VERSIONS = {"lad_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+_METHODS = f"""What to learn from, with L layers of the teacher and K of the student; {
+    "; ".join(f"{name}: {strategy.summary}" for name, strategy in STRATEGIES.items())
+}."""
 _MOST_SKIPPED = 40  # steps in a row: the loss scale has been halved from 2^16 to 2^-24, and will not help
 
 
@@ -158,8 +160,9 @@ class DistillConfig(TrainingConfig):
     --pretrained with the rest random, as published; or all random."""
     pretrained: str | None = None
     """The model before fine-tuning, for --student-init published."""
-    method: Literal["lad", "logits", "none"] = "lad"
-    """Learn from hidden layers and logits; from logits and labels; or from labels alone."""
+    method: Annotated[Literal[tuple(STRATEGIES)], Doc(_METHODS)] = "lad"
+    normalize_states: bool = False
+    """For skip and last: divide hidden states by their L2 norm before they are compared, as PKD does."""
     gate_learning_rate: float = 5e-6
     """AdamW's peak rate for the gates, after warm-up."""
     temperature: float = 10.0
@@ -292,13 +295,14 @@ def distill(
     _check_classes("student", student, task)
     config = _settle(config, device, student, teacher)
     batches, evaluation = _load_batches(config, task, student, tokenizer, train, evaluation, device)
-    if config.method != "none":
+    uses_teacher = STRATEGIES[config.method].uses_teacher
+    if uses_teacher:
         check_vocabulary(batches.split, teacher)
     _move("teacher", teacher, device)
     _move("student", student, device)
     options = _step_options(config, batches)
     with _own_run(config) as signals:
-        if config.method == "none":
+        if not uses_teacher:
             step = DistillStep(student, **options)
         else:
             cache = _make_cache(config, batches, teacher, options["total_steps"])
@@ -349,7 +353,7 @@ def _make_cache(
     comes_back = total_steps * config.gradient_accumulation_steps > len(batches)
     if config.teacher_cache == "off" or (by_itself and not comes_back):
         return None
-    num_layers = teacher.config.num_hidden_layers if config.method == "lad" else 0
+    num_layers = teacher.config.num_hidden_layers if STRATEGIES[config.method].uses_hidden_states else 0
     lengths = batches.split.lengths
     if num_layers and not config.mask_padding:
         if config.padding != "max_length":
@@ -375,23 +379,12 @@ def _make_cache(
 
 
 def _make_objective(config: DistillConfig, task: Task, teacher: PreTrainedModel, student: PreTrainedModel):
-    weights = {
-        "temperature": config.temperature,
-        "soft_weight": config.soft_weight,
-        "hard_weight": config.hard_weight,
-        "regression": task.is_regression,
-        "backend": config.backend,
-    }
-    if config.method == "logits":
-        return partial(fused_distill_loss, **weights)
-    size = teacher.config.num_hidden_layers, teacher.config.hidden_size
-    return LADObjective(
-        GateStack(*size, config.max_length, config.norm, config.reverse),
-        student.config.num_hidden_layers,
-        hidden_weight=config.hidden_weight,
-        student_hidden_size=student.config.hidden_size,
-        **weights,
-    ).to(student.device)
+    objective = STRATEGIES[config.method].make(
+        config, teacher.config, student.config,
+        temperature=config.temperature, soft_weight=config.soft_weight, hard_weight=config.hard_weight,
+        regression=task.is_regression, backend=config.backend,
+    )  # fmt: skip
+    return objective.to(student.device) if isinstance(objective, nn.Module) else objective
 
 
 def _start(config: TrainingConfig) -> torch.device:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
 pytest.importorskip("accelerate")
-from lad_fast import GateStack, LADObjective
+from lad_fast import AttentionObjective, GateStack, LADObjective
 from lad_fast.integrations import LADTrainer, LADTrainingArguments
 from lad_fast.step import DistillStep
 
@@ -58,16 +58,22 @@ def arguments(folder, **changes) -> LADTrainingArguments:
     return LADTrainingArguments(**options | changes)
 
 
+def attention(student_hidden_size: int = 16) -> AttentionObjective:
+    """An objective without gates."""
+    torch.manual_seed(2)
+    return AttentionObjective(4, 16, 2, hidden_weight=100.0, student_hidden_size=student_hidden_size, backend="torch")
+
+
 def objective(student_hidden_size: int = 16) -> LADObjective:
     torch.manual_seed(2)
     gates = GateStack(4, 16, 12)
     return LADObjective(gates, 2, hidden_weight=100.0, student_hidden_size=student_hidden_size, backend="torch")
 
 
-def trainer(folder, student_hidden_size=16, data=None, **changes) -> LADTrainer:
+def trainer(folder, student_hidden_size=16, data=None, make=objective, **changes) -> LADTrainer:
     student = bert(2, 1, student_hidden_size)
     return LADTrainer(
-        student, arguments(folder, **changes), teacher=bert(4, 0), objective=objective(student_hidden_size),
+        student, arguments(folder, **changes), teacher=bert(4, 0), objective=make(student_hidden_size),
         train_dataset=data or Examples(16), eval_dataset=Examples(8),
     )  # fmt: skip
 
@@ -82,14 +88,16 @@ def all_parameters(*modules) -> list[torch.Tensor]:
     return [parameter.detach().clone() for name, parameter in named if "key.bias" not in name]
 
 
-@pytest.mark.parametrize("accumulated", (1, 2))
-@pytest.mark.parametrize("student_hidden_size", (16, 8))
-def test_trains_as_our_step_does(tmp_path, student_hidden_size, accumulated):
+@pytest.mark.parametrize(
+    ("student_hidden_size", "accumulated", "make"), [(16, 1, objective), (16, 2, objective), (8, 1, objective),
+                                                     (8, 2, objective), (16, 1, attention), (8, 1, attention)]
+)  # fmt: skip
+def test_trains_as_our_step_does(tmp_path, student_hidden_size, accumulated, make):
     """From one start over the same batches: the same losses, and the same student, gates and projections at the end."""
     data = Examples(4 * 4 * accumulated)
-    run = trainer(tmp_path, student_hidden_size, data, gradient_accumulation_steps=accumulated)
+    run = trainer(tmp_path, student_hidden_size, data, make, gradient_accumulation_steps=accumulated)
     step = DistillStep(
-        bert(2, 1, student_hidden_size), bert(4, 0), objective(student_hidden_size), learning_rate=1e-2,
+        bert(2, 1, student_hidden_size), bert(4, 0), make(student_hidden_size), learning_rate=1e-2,
         gate_learning_rate=3e-2, weight_decay=0.1, total_steps=4, warmup_steps=1,
     )  # fmt: skip
     run.train()
@@ -104,13 +112,15 @@ def test_trains_as_our_step_does(tmp_path, student_hidden_size, accumulated):
         all_parameters(run.model, run.objective), all_parameters(step.student, step.objective), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(run.objective.gates.weight, objective().gates.weight)
+    for ours, start in zip(run.objective.parameters(), make(student_hidden_size).parameters(), strict=True):
+        assert not torch.equal(ours, start)
 
 
-def test_resumes_to_the_bit(tmp_path):
-    whole = trainer(tmp_path / "whole", 8)
+@pytest.mark.parametrize("make", (objective, attention))
+def test_resumes_to_the_bit(tmp_path, make):
+    whole = trainer(tmp_path / "whole", 8, make=make)
     whole.train()
-    first = trainer(tmp_path / "parts", 8, save_strategy="steps", save_steps=2)
+    first = trainer(tmp_path / "parts", 8, make=make, save_strategy="steps", save_steps=2)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **rest):
@@ -118,7 +128,7 @@ def test_resumes_to_the_bit(tmp_path):
 
     first.add_callback(Stop())
     first.train()
-    second = trainer(tmp_path / "parts", 8)
+    second = trainer(tmp_path / "parts", 8, make=make)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 4
     for a, b in zip(

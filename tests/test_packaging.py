@@ -18,9 +18,11 @@ import lad_fast
 ROOT = Path(__file__).parents[1]
 
 PUBLIC_NAMES = {
+    "AttentionObjective",
     "GateStack",
     "LADObjective",
     "LADOutput",
+    "LayerMapObjective",
     "fused_aggregate",
     "fused_distill_loss",
     "fused_hidden_loss",

@@ -64,6 +64,8 @@ ENGINES = {
     "packed": {"padding": "packed"},
     "padding counted, reversed": {"padding": "max_length", "mask_padding": False, "reverse": True},
     "bfloat16": {"precision": "bfloat16"},
+    "layer map": {"method": "last", "normalize_states": True},
+    "attention, packed": {"method": "attention", "padding": "packed"},
     "logits": {"method": "logits"},
     "labels": {"method": "none"},
     "fine-tuning": {"kind": FinetuneConfig},

@@ -135,6 +135,8 @@ ENGINES = {
     "padding counted": {"padding": "max_length", "mask_padding": False},
     "bfloat16, reversed": {"precision": "bfloat16", "reverse": True},
     "float16": {"precision": "float16"},
+    "layer map": {"method": "last", "normalize_states": True},
+    "attention, packed": {"method": "attention", "padding": "packed"},
     "logits": {"method": "logits"},
     "labels": {"method": "none"},
     "fine-tuning": {"kind": FinetuneConfig},
