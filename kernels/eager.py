@@ -2,7 +2,8 @@
 
 A block of rows goes through all gates before the next does, so that on a CPU what lies between two matrix products
 stays in the cache. The gate values alone are kept for backward: given those, the rest of the chain is element-wise,
-and backward runs it again for each block, by the calls that forward made and so to the same bits. There, with
+and backward runs it again for each block, by the calls that forward made and so to the same bits. In half types the
+products for the weights' gradients then take several blocks at once. There, with
 P = A_prev, dO the gradient of the blend O, and q = dO * (1 - g):
 
     O - P = g * (H - P)        du = dO * (H - P) * g * (1 - g) = q * (O - P)        dP = q + du W
@@ -10,7 +11,7 @@ P = A_prev, dO the gradient of the blend O, and q = dO * (1 - g):
 Between the products all is float32 (float64 for float64 states); gate values have the products' dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,36 @@ def _compared(student: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
 def _affine(norm_weight: Tensor) -> Tensor:
     """(n, S, D); the "token" norm's (n, D) as (n, 1, D)."""
     return norm_weight if norm_weight.dim() == 3 else norm_weight[:, None]
+
+
+class _Gathered:
+    """Of each gate, a tensor's rows of all blocks of a group, in the products' dtype."""
+
+    def __init__(self, group: list[Block], dtype: torch.dtype, num_gates: int) -> None:
+        self.start, self.stop, self.dtype = group[0].rows.start, group[-1].rows.stop, dtype
+        self.values: list[Tensor | None] = [None] * num_gates
+
+    def add(self, i: int, block: Block, rows: Tensor) -> Tensor:
+        """Takes a block's rows (R, D); returns them in the products' dtype."""
+        if len(rows) == self.stop - self.start:
+            self.values[i] = rows.to(self.dtype)
+            return self.values[i]
+        if self.values[i] is None:
+            self.values[i] = rows.new_empty((self.stop - self.start, rows.shape[1]), dtype=self.dtype)
+        own = self.values[i][block.rows.start - self.start : block.rows.stop - self.start]
+        return own.copy_(rows)
+
+
+def _groups(cut: Iterable[Block], most: int) -> Iterator[list[Block]]:
+    """Neighbouring blocks of ``most`` rows together, or one that has more."""
+    group: list[Block] = []
+    for block in cut:
+        if group and block.rows.stop - group[0].rows.start > most:
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
 
 
 def _forward(
@@ -109,40 +140,46 @@ def _backward(
     affine_grads = [(None, None)] * num_gates
     if need_parameters:
         affine_grads = list(zip(_affine(grad_norm_weight), _affine(grad_norm_bias), strict=True))
-    for block in blocks(hidden[0], parameters[0][1], row_mask, cu_seqlens, seq_len, per_token):
-        states, steps, block_gates = [hidden[0][block.rows].to(norm_weight.dtype)], [], []
-        for i in range(top):
-            if gates:
-                gate = gates[i][block.rows]
-            else:
-                gate = _linear(states[i].to(weight.dtype), weight[i], bias[i].to(weight.dtype), "sigmoid")
-            block_gates.append(gate)
-            blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
-            states.append(state)
-            steps.append((blend, statistics))
+    cut = blocks(hidden[0], parameters[0][1], row_mask, cu_seqlens, seq_len, per_token)
+    for group in _groups(cut, lc.product_rows(weight)):
+        gathered = _Gathered(group, weight.dtype, top), _Gathered(group, weight.dtype, top)
+        for block in group:
+            states, steps = [hidden[0][block.rows].to(norm_weight.dtype)], []
+            for i in range(top):
+                if gates:
+                    gate = gates[i][block.rows]
+                else:
+                    gate = _linear(states[i].to(weight.dtype), weight[i], bias[i].to(weight.dtype), "sigmoid")
+                blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
+                states.append(state)
+                steps.append((gate, blend, statistics))
 
-        carry = add_gradient(top, block, states.pop(), None)
-        for i in reversed(range(top)):
-            state, (blend, statistics) = states.pop(), steps.pop()
-            transposed, *affine = parameters[i]
-            if need_hidden or need_parameters:
-                gate = block_gates.pop().to(blend.dtype)
-                grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
-                if need_hidden:
-                    grad_hidden[i + 1, block.rows] = grad_blend * gate
-                past_gate = grad_blend.addcmul_(grad_blend, gate, value=-1)
-                grad_linear = blend.sub_(state).mul_(past_gate)
-                operand = grad_linear.to(weight.dtype)
-                if need_parameters:
-                    add = torch.Tensor.add_ if block.rows.start else torch.Tensor.copy_
-                    add(grad_weight[i], _weight_gradient(operand, state.to(weight.dtype)))
-                    add(grad_bias[i], grad_linear.sum(dim=0))
-                carry = None
-                if i or need_hidden:
-                    carry = past_gate.add_(_linear(operand, transposed))
-            carry = add_gradient(i, block, state, carry)
-        if need_hidden:
-            grad_hidden[0, block.rows] = carry
+            carry = add_gradient(top, block, states.pop(), None)
+            for i in reversed(range(top)):
+                state, (gate, blend, statistics) = states.pop(), steps.pop()
+                transposed, *affine = parameters[i]
+                if need_hidden or need_parameters:
+                    gate = gate.to(norm_weight.dtype)
+                    grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
+                    if need_hidden:
+                        grad_hidden[i + 1, block.rows] = grad_blend * gate
+                    past_gate = grad_blend.addcmul_(grad_blend, gate, value=-1)
+                    grad_linear = blend.sub_(state).mul_(past_gate)
+                    operand = gathered[0].add(i, block, grad_linear)
+                    if need_parameters:
+                        add = torch.Tensor.add_ if block.rows.start else torch.Tensor.copy_
+                        add(grad_bias[i], grad_linear.sum(dim=0))
+                        gathered[1].add(i, block, state)
+                    carry = None
+                    if i or need_hidden:
+                        carry = past_gate.add_(_linear(operand, transposed))
+                carry = add_gradient(i, block, state, carry)
+            if need_hidden:
+                grad_hidden[0, block.rows] = carry
+        if need_parameters:
+            add = torch.Tensor.add_ if group[0].rows.start else torch.Tensor.copy_
+            for i, (grad, state) in enumerate(zip(*(each.values for each in gathered), strict=True)):
+                add(grad_weight[i], _weight_gradient(grad, state))
     return grad_hidden, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
 
 

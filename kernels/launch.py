@@ -123,6 +123,7 @@ INTERPRETED = ChainLaunch(
 HIDDEN_LOSS = TileLaunch(rows=4, columns=512, num_warps=4)
 CLASSES_PER_STEP = 256  # logit loss: classes read at once
 PACKED_ROWS = 1024  # see laid_out_for
+PRODUCT_ROWS = 4096  # see product_rows
 CPU_BLOCK_ELEMENTS = 1024 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
 
 
@@ -163,6 +164,15 @@ def why_not_triton(device: torch.device) -> str | None:
 def torch_block_rows(state: Tensor) -> int | None:
     """Rows of (T, D) that the "torch" back end takes through the chain at once; None for all, where launches cost."""
     return max(1, CPU_BLOCK_ELEMENTS // state.shape[1]) if state.device.type == "cpu" else None
+
+
+def product_rows(weight: Tensor) -> int:
+    """Rows that the "torch" back end gathers for one product of a weight's gradient.
+
+    Half types are copied for it anyway, and each product's result is a pass over (D, D), and one more to add it.
+    float32 is multiplied block by block, as it lies.
+    """
+    return PRODUCT_ROWS if weight.dtype in (torch.bfloat16, torch.float16) else 0
 
 
 @functools.cache

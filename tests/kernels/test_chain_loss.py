@@ -14,8 +14,9 @@ MODES = ("plain", "masked", "packed")
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """A few rows a block, so that the "torch" back end takes several blocks of a test's sizes."""
+    """A few rows a block, and a few blocks a product, so that the "torch" back end takes several of a test's sizes."""
     monkeypatch.setattr(launch, "CPU_BLOCK_ELEMENTS", 7 * 24)
+    monkeypatch.setattr(launch, "PRODUCT_ROWS", 16)
 
 
 def compare(case: Case, dtype: torch.dtype, backend: str, seed: int = 0, tolerance: float | None = None) -> None:

@@ -63,10 +63,11 @@ def test_losses_in_any_form(case, seed, forward, backward, multiprocessors):
 @given(cases(6, 20, 40), SEEDS, st.integers(1, 600))
 @example(30)
 def test_losses_in_any_cut_into_blocks(case, seed, block):
-    """On the back end that cuts, and also where products are laid out for many rows."""
+    """On the back end that cuts, also where products are laid out for many rows or take several blocks' rows."""
     inputs = case.build(torch.float32, seed)
     expected = run_loss(case, inputs, torch.float64, "reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "CPU_BLOCK_ELEMENTS", block)
+        patch.setattr(launch, "product_rows", lambda weight: 3 * block // case.hidden_size)  # in float32 too
         patch.setattr(launch, "PACKED_ROWS", 40)
         check(run_loss(case, inputs, torch.float32, "torch"), expected, TOLERANCE)
