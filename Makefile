@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
 # make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md
+# make tables  the tables in README and docs anew, from the files under benchmarks/results
 # make docs    the API's pages, from docstrings, in site/
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test bench fuzz docs lint
+.PHONY: demo test bench fuzz tables docs lint
 
 demo: $(INSTALLED)
 	$(BIN)/lad-fast demo
@@ -24,6 +25,13 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	LAD_FAST_FUZZ_SECONDS=600 $(BIN)/pytest tests/test_fuzz.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/reliability.py
+
+tables: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_record.py readme
+	$(BIN)/python benchmarks/real_data.py readme
+	$(BIN)/python benchmarks/study.py readme
+	$(BIN)/python benchmarks/kernel_counts.py --write docs/kernels.md
 	$(BIN)/python benchmarks/reliability.py
 
 docs: $(INSTALLED)
