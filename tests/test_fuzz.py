@@ -255,6 +255,21 @@ def exact(objective, inputs: dict, noise: float = 0.0, seed: int = 0) -> dict[st
         return outcome(twin, inputs | {"attention_mask": mask}, dict(twin.named_parameters()), "reference")
 
 
+@torch.no_grad()
+def exact_aggregates(hidden, gates, where: tuple, reverse, noise: float = 0.0, seed: int = 0) -> tuple:
+    """In float64; states and parameters disturbed by that share of their size."""
+    generator = torch.Generator().manual_seed(seed)
+    twin = copy.deepcopy(gates).double()
+
+    def disturbed(tensor, floor=0.0):
+        scale = noise * tensor.double().square().mean().sqrt().clamp(min=floor)
+        return tensor.double() + scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    for parameter in twin.parameters():
+        parameter.copy_(disturbed(parameter, floor=1.0))
+    return lad_fast.reference.aggregate([disturbed(h) for h in hidden], twin, *where, reverse=reverse)
+
+
 def size(tensor: torch.Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 
@@ -473,14 +488,20 @@ class PublicAPI(RuleBasedStateMachine):
             outputs = lad_fast.fused_aggregate(
                 hidden, gates, *where, reverse=reverse, memory=memory, backend=self.objective.backend
             )
-        twin = copy.deepcopy(gates).double()
-        right = lad_fast.reference.aggregate([h.detach().double() for h in hidden], twin, *where, reverse=reverse)
-        for ours, expected in zip(outputs, right, strict=True):
+        epsilon = torch.finfo(call["dtype"]).eps
+        right = exact_aggregates(hidden, gates, where, reverse)
+        others = None
+        for i, (ours, expected) in enumerate(zip(outputs, right, strict=True)):
             assert ours.shape == expected.shape and ours.dtype == call["dtype"]
-            if expected.isfinite().all() and call["values"] not in ("equal", "zero", "outliers"):
-                error = size(ours.detach().double() - expected.detach())
-                # Groups of two or three values may have next to no variance, which magnifies rounding.
-                assert error <= max(2e-3, 30 * torch.finfo(call["dtype"]).eps) * (size(expected.detach()) + 1)
+            if not expected.isfinite().all():
+                continue
+            error, bound = size(ours.double() - expected), 8 * epsilon * (size(expected) + 1)
+            if not error <= bound:  # as plain PyTorch is, or rounding the inputs makes it, where groups hardly vary
+                if others is None:
+                    others = [exact_aggregates(hidden, gates, where, reverse, epsilon, seed) for seed in (1, 2)]
+                    others.append(lad_fast.reference.aggregate(hidden, gates, *where, reverse=reverse))
+                off = max(size(other[i].double() - expected) for other in others)
+                assert not off < float("inf") or error <= bound + 30 * off, f"{error:.2e} of {size(expected):.2e}"
 
     @counted(call=CALLS, reduction=st.sampled_from(("sum", "none")), weight=WEIGHTS)
     def hidden_loss(self, call, reduction, weight):
