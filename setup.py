@@ -52,6 +52,7 @@ setup(
     package_dir={"lad_fast": "lad_fast", "lad_fast.kernels": "kernels"},
     package_data={"lad_fast": ["py.typed"]},
     install_requires=[
+        "huggingface_hub>=1",
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "tokenizers",

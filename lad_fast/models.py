@@ -445,7 +445,14 @@ def run_model(
     return logits, states[1:] if packing is None else tuple(state[0] for state in states[1:])
 
 
-def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None):
+def save_checkpoint(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer=None,
+    gates=None,
+    state: dict | None = None,
+    card: str | None = None,
+) -> None:
     """Write or replace a ``save_pretrained`` folder in one move: a reader never finds half of it.
 
     Args:
@@ -453,6 +460,7 @@ def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, 
         model, tokenizer: saved by ``save_pretrained``; no tokenizer, no tokenizer files.
         gates: a :class:`lad_fast.GateStack`, written as gates.safetensors.
         state: written as training.json.
+        card: written as README.md; see :func:`lad_fast.card.model_card`.
 
     Raises:
         OSError: no room, or another failure to write; what was there is left as it was.
@@ -472,6 +480,8 @@ def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, 
             gates.save_pretrained(partial)
         if state is not None:
             (partial / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
     except (OSError, SafetensorError) as error:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from typing_extensions import Doc
 
 from lad_fast import __version__
+from lad_fast.card import model_card
 from lad_fast.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -600,12 +601,15 @@ def _run(
                 if not task.is_regression:
                     told["confusion"] = {name: split.confusion.tolist() for name, split in found.items()}
                 log.write_metrics(state | told)
+                sources = {role: getattr(config, role) for role in ("teacher", "model") if hasattr(config, role)}
+                card = model_card(output_dir.name, task, state, run["settings"], sources, VERSIONS)
+                saved = step.student, tokenizer, step.gates, state, card
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
                     best = score, state
-                    world.first(save_checkpoint, output_dir / "best", step.student, tokenizer, step.gates, state)
-                world.first(save_checkpoint, output_dir / "last", step.student, tokenizer, step.gates, state)
+                    world.first(save_checkpoint, output_dir / "best", *saved)
+                world.first(save_checkpoint, output_dir / "last", *saved)
                 position = {"epoch": epoch + 1, "batches": 0}
                 log.start_window()
                 if log.steps == step.total_steps:
