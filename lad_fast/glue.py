@@ -1,5 +1,6 @@
 """The nine GLUE tasks: examples from the hub, Parquet or official TSV files, metrics and submission files."""
 
+import csv
 import os
 import re
 import warnings
@@ -29,7 +30,7 @@ class DataError(ValueError):
     """Data is missing or damaged; the message names the file and, where there is one, the 1-based line or row."""
 
 
-def _brief(value) -> str:
+def brief(value) -> str:
     """A value for a message: a damaged file may hold a label of a million characters, or as many columns."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
@@ -57,6 +58,7 @@ class Task:
         tsv_folder: folder name of the official download; "" where there is none.
         tsv_text_columns, tsv_label_column: column names in the official TSV files.
         tsv_label_names: whether official files write class names rather than class ids.
+        score_format: how submission files write a score.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Task:
     tsv_text_columns: tuple[str, ...] = ()
     tsv_label_column: str = "label"
     tsv_label_names: bool = False
+    score_format: str = "{:.3f}"
 
     def __post_init__(self) -> None:
         if len(self.text_columns) not in (1, 2):
@@ -85,6 +88,8 @@ class Task:
             raise ValueError(
                 f"labels is {self.labels!r}, label_range {self.label_range!r}; a task has one of the two"
             )
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels is {brief(self.labels)}; it takes each name once")
 
     def __reduce__(self):
         """For spawned processes: no pickle takes the view through which ``submission_files`` is read-only."""
@@ -104,6 +109,15 @@ class Task:
     def label_texts(self) -> tuple[str, ...]:
         """What official files write for each class id."""
         return self.labels if self.tsv_label_names else tuple(str(i) for i in range(len(self.labels)))
+
+    @property
+    def written_labels(self) -> str:
+        """What files take for a label, for a message."""
+        return ", ".join(self.label_texts) or "scores from {:g} to {:g}".format(*self.label_range)
+
+    def load(self, split: str, data_dir: str | Path | None) -> "Examples":
+        """For :func:`load_split`: the examples of one of the task's splits."""
+        return _load_glue(self, split, data_dir)
 
 
 def _glue(name: str, folder: str, text_columns: Sequence[str], **changes) -> Task:
@@ -221,7 +235,7 @@ def _checked_texts(where: str, texts: Iterable[str]) -> list[str]:
     texts = [text if type(text) is str or not isinstance(text, str) else str(text) for text in texts]
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not _is_utf8(text):
-            raise DataError(f"{where}[{i}] is {_brief(text)}; it takes text that UTF-8 can hold")
+            raise DataError(f"{where}[{i}] is {brief(text)}; it takes text that UTF-8 can hold")
     return texts
 
 
@@ -263,7 +277,7 @@ def checked_labels(task: Task, where: str, labels, length: int, other: str) -> n
     """
     labels = _vector(where, labels, length, other)
     if (bad := _first_bad_label(task, labels)) is not None:
-        raise DataError(f"{where}[{bad}] is {_brief(labels.tolist()[bad])}; {_label_domain(task)}")
+        raise DataError(f"{where}[{bad}] is {brief(labels.tolist()[bad])}; {_label_domain(task)}")
     return labels.astype(np.float32 if task.is_regression else np.int64)
 
 
@@ -276,7 +290,7 @@ def checked_ids(where: str, ids, length: int, other: str) -> np.ndarray:
     """
     ids = _vector(where, ids, length, other)
     if (bad := _first_bad_id(ids)) is not None:
-        raise DataError(f"{where}[{bad}] is {_brief(ids.tolist()[bad])}; it takes {_ID_DOMAIN}")
+        raise DataError(f"{where}[{bad}] is {brief(ids.tolist()[bad])}; it takes {_ID_DOMAIN}")
     if (again := _first_repeated(ids)) is not None:
         raise DataError(f"{where}[{again[0]}] is {ids[again[0]]} again; it takes each number once")
     return ids.astype(np.int64)
@@ -326,7 +340,7 @@ def _label_domain(task: Task) -> str:
 
 
 def load_split(task: str | Task, split: str, data_dir: str | Path | None = None) -> Examples:
-    """Read one split of a GLUE task.
+    """Read one split of a task.
 
     Args:
         task: name of one of :data:`TASKS`.
@@ -334,7 +348,8 @@ def load_split(task: str | Task, split: str, data_dir: str | Path | None = None)
         data_dir: a folder which holds, in order of preference, ``<task>/<split>.parquet`` or the hub's
             ``<task>/<split>-00000-of-00001.parquet``, or the official download's ``<FOLDER>/train.tsv``,
             ``dev.tsv``, ``test.tsv`` (``dev_matched.tsv`` … for MNLI); it may also be that inner folder
-            itself. None takes ``nyu-mll/glue`` from the Hugging Face hub.
+            itself. None takes ``nyu-mll/glue`` from the Hugging Face hub. Of a :class:`lad_fast.tasks.CsvTask`
+            the folder with ``<split>.csv``.
 
     Returns:
         The examples in file order; ``labels`` is None for a test split. ``ids`` are the hub's ``idx``; from
@@ -352,6 +367,10 @@ def load_split(task: str | Task, split: str, data_dir: str | Path | None = None)
     known = ("train", *task.eval_splits, *task.test_splits)
     if split not in known:
         raise ValueError(f"split is {split!r}; {task.name} has {', '.join(known)}")
+    return task.load(split, data_dir)
+
+
+def _load_glue(task: Task, split: str, data_dir: str | Path | None) -> Examples:
     if data_dir is None:
         return _load_from_hub(task, split)
     root = Path(data_dir)
@@ -446,7 +465,7 @@ def _from_tables(task: Task, split: str, tables: list) -> Examples:
         takes |= {"idx": f"it takes {_ID_DOMAIN}"} if "idx" in table.column_names else {}
         for name in takes:
             if (count := table.column_names.count(name)) == 0:
-                raise DataError(f"{source} lacks column {name!r}; it has {_brief(table.column_names)}")
+                raise DataError(f"{source} lacks column {name!r}; it has {brief(table.column_names)}")
             if count > 1:
                 raise DataError(f"{source} has {count} columns {name!r}; it takes one")
         if not table.num_rows:
@@ -515,7 +534,12 @@ def _place(tables: list, number: int) -> tuple[object, int]:
     raise IndexError(number)
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
+    """What a text file holds, its line ends as they are.
+
+    Raises:
+        DataError: no file, or not UTF-8; it names the line.
+    """
     _check_is_file(path)
     try:
         data = path.read_bytes()
@@ -528,6 +552,11 @@ def _read_lines(path: Path) -> list[str]:
     if "\0" in text:  # UTF-16 without a mark, or a hole that a crash left: no text file holds one
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}, line {line}: a NUL character; it takes text in UTF-8")
+    return text
+
+
+def _read_lines(path: Path) -> list[str]:
+    text = read_text(path)
     if not text.strip("\r\n"):
         return []
     # Only \n and \r\n end a row: the texts hold characters which str.splitlines and the csv module break at.
@@ -547,11 +576,11 @@ def _load_tsv(task: Task, split: str, path: Path) -> Examples:
     index = [name for name in ("index", "id") if name in where][:1] if is_test else []
     for name in (*task.tsv_text_columns, *([] if is_test else [task.tsv_label_column]), *index):
         if name not in where:
-            raise DataError(f"{path}, line 1: no column {name!r} in the header; it has {_brief(header)}")
+            raise DataError(f"{path}, line 1: no column {name!r} in the header; it has {brief(header)}")
         if (count := header.count(name)) > 1:
             raise DataError(f"{path}, line 1: {count} columns {name!r} in the header; it takes one")
-    parse = _label_parser(task)
-    takes = ", ".join(task.label_texts) or "scores from {:g} to {:g}".format(*task.label_range)
+    parse = label_parser(task)
+    takes = task.written_labels
     texts: list[list[str]] = [[] for _ in task.tsv_text_columns]
     labels, ids, numbers, torn = [], [], [], []
     for number, line in enumerate(lines[first:], start=first + 1):
@@ -566,14 +595,14 @@ def _load_tsv(task: Task, split: str, path: Path) -> Examples:
         if not is_test:
             text = row[where[task.tsv_label_column]]
             if (label := parse(text)) is None:
-                raise DataError(f"{path}, line {number}: label {_brief(text)}; {task.name} takes {takes}")
+                raise DataError(f"{path}, line {number}: label {brief(text)}; {task.name} takes {takes}")
             labels.append(label)
         if not index:
             ids.append(number - first - 1)
         elif re.fullmatch("[0-9]{1,19}", text := row[where[index[0]]]) and int(text) < 2**63:
             ids.append(int(text))
         else:
-            raise DataError(f"{path}, line {number}: index {_brief(text)}; it takes {_ID_DOMAIN}")
+            raise DataError(f"{path}, line {number}: index {brief(text)}; it takes {_ID_DOMAIN}")
         numbers.append(number)
     if not ids:
         raise DataError(f"{path}, line {first + 1}: no row has the header's {len(header)} columns")
@@ -596,7 +625,7 @@ def _load_tsv(task: Task, split: str, path: Path) -> Examples:
     )
 
 
-def _label_parser(task: Task) -> Callable[[str], float | int | None]:
+def label_parser(task: Task) -> Callable[[str], float | int | None]:
     """What turns an official file's label into a class id or a score, and anything else into None."""
     if not task.is_regression:
         return {text: i for i, text in enumerate(task.label_texts)}.get
@@ -718,10 +747,10 @@ _METRIC_FUNCTIONS = {
 def write_submission(
     task: str | Task, split: str, ids: np.ndarray, predictions: np.ndarray, folder: str | Path
 ) -> Path:
-    """Write one file in the form which https://gluebenchmark.com takes.
+    """Write one file in the form which https://gluebenchmark.com takes, or of a task of CSV files as CSV.
 
     The file has the header ``index<TAB>prediction`` and one row an example, by ascending index: class names
-    for MNLI, QNLI and RTE, scores with three decimals clipped to the range for STS-B, class ids for the rest.
+    for MNLI, QNLI, RTE and CSV files, scores clipped to the range (three decimals) for STS-B, class ids for the rest.
 
     Args:
         task: the task or its name.
@@ -749,11 +778,13 @@ def write_submission(
         raise ValueError(f"ids holds {unique[counts > 1][0]} more than once; it takes every example once")
     _check_values(task, "predictions", predictions)
     if task.is_regression:
-        written = [f"{score:.3f}" for score in np.clip(predictions, *task.label_range)]
+        written = [task.score_format.format(score) for score in np.clip(predictions, *task.label_range)]
     else:
         written = [task.label_texts[int(label)] for label in predictions]
     path = Path(folder) / task.submission_files[split]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ["index\tprediction", *(f"{ids[i]}\t{written[i]}" for i in np.argsort(ids))]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t", lineterminator="\n")
+        writer.writerow(("index", "prediction"))
+        writer.writerows((ids[i], written[i]) for i in np.argsort(ids))
     return path

@@ -27,13 +27,13 @@ __all__ = ["build_student", "load_classifier", "model_inputs", "quiet", "run_mod
 
 
 def load_classifier(
-    name_or_path: str | Path, task: Task, fine_tuned: bool = False, **config
+    name_or_path: str | Path, task: Task | None, fine_tuned: bool = False, **config
 ) -> tuple[PreTrainedModel, object]:
     """Load a BERT-like sequence classifier for a task, in float32.
 
     Args:
         name_or_path: a ``save_pretrained`` folder, which is read without the network, or a name on the hub.
-        task: gives the classifier its width, label names and problem type.
+        task: gives the classifier its width, label names and problem type; None leaves those of the checkpoint.
         fine_tuned: the checkpoint must be a finished classifier for the task. Otherwise its encoder must be
             there, and a classification head that is missing or of another width is drawn at random.
         **config: configuration entries to override, such as ``hidden_dropout_prob=0.0``.
@@ -56,9 +56,10 @@ def load_classifier(
         settings = AutoConfig.from_pretrained(source, **options)
         if options["local_files_only"]:
             _check_claimed_size(name_or_path, settings, Path(source))
-        if fine_tuned:
-            _check_labels(name_or_path, settings, task)
-        set_labels(settings, task)
+        if task is not None:
+            if fine_tuned:
+                _check_labels(name_or_path, settings, task)
+            set_labels(settings, task)
         for name, value in config.items():
             if not hasattr(settings, name):
                 raise ValueError(f"it has no configuration entry {name!r}")
@@ -256,20 +257,34 @@ def _find_source(name_or_path: str | Path) -> str:
 def _check_labels(name_or_path, config, task: Task) -> None:
     """A finished classifier has the task's classes, and in the task's order where it names them."""
 
-    def plain(name) -> str:
-        return re.sub(r"[^a-z0-9]", "", str(name).lower())
+    def plain(names: Sequence) -> list[str]:
+        """Without what spellings differ in, where names still differ then, as "c" and "c++" do not."""
+        names = [str(name) for name in names]
+        short = [re.sub(r"[\W_]", "", name.lower()) for name in names]
+        return short if len(set(short)) == len(short) and all(short) else names
 
     if config.num_labels != task.num_labels:
         raise _LabelError(
             f"model {name_or_path} has num_labels = {config.num_labels}; task {task.name} takes {task.num_labels}"
         )
-    names = [plain(config.id2label[i]) for i in range(config.num_labels)]
-    unnamed = all(re.fullmatch(r"(label)?\d+", name) for name in names)
-    if not task.is_regression and not unnamed and names != [plain(label) for label in task.labels]:
+    names, labels = plain(config.id2label[i] for i in range(config.num_labels)), plain(task.labels)
+    numbers = [str(i) for i in range(config.num_labels)]
+    # Where the task's own are numbers, as of stars, a model's numbers are names too.
+    unnamed = names == [f"label{i}" for i in numbers] or (
+        names == numbers and not all(label.isdecimal() for label in labels)
+    )
+    if not task.is_regression and not unnamed and names != labels:
         raise _LabelError(
             f"model {name_or_path} has the labels {list(config.id2label.values())}; "
             f"task {task.name} takes {list(task.labels)}, in this order"
         )
+
+
+def class_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """A classifier's classes in order; none for regression."""
+    if model.config.problem_type == "regression" or model.config.num_labels == 1:
+        return ()
+    return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
 
 
 def set_labels(config, task: Task) -> None:
@@ -430,7 +445,14 @@ def run_model(
     return logits, states[1:] if packing is None else tuple(state[0] for state in states[1:])
 
 
-def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, gates=None, state: dict | None = None):
+def save_checkpoint(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer=None,
+    gates=None,
+    state: dict | None = None,
+    card: str | None = None,
+) -> None:
     """Write or replace a ``save_pretrained`` folder in one move: a reader never finds half of it.
 
     Args:
@@ -438,6 +460,7 @@ def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, 
         model, tokenizer: saved by ``save_pretrained``; no tokenizer, no tokenizer files.
         gates: a :class:`lad_fast.GateStack`, written as gates.safetensors.
         state: written as training.json.
+        card: written as README.md; see :func:`lad_fast.card.model_card`.
 
     Raises:
         OSError: no room, or another failure to write; what was there is left as it was.
@@ -457,6 +480,8 @@ def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer=None, 
             gates.save_pretrained(partial)
         if state is not None:
             (partial / "training.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             sync(path)
     except (OSError, SafetensorError) as error:

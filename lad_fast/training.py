@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, set_seed
 from typing_extensions import Doc
 
 from lad_fast import __version__
+from lad_fast.card import model_card
 from lad_fast.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -41,11 +42,12 @@ from lad_fast.checkpoint import (
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
-from lad_fast.glue import Task, compute_metrics, confusion_matrix, get_task, load_split, predictions_from_logits
+from lad_fast.glue import Task, compute_metrics, confusion_matrix, load_split, predictions_from_logits
 from lad_fast.models import build_student, load_classifier, model_inputs, quiet, run_model, save_checkpoint
 from lad_fast.packed import can_pack, enable_packing
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.strategies import STRATEGIES
+from lad_fast.tasks import DataConfig, find_task
 from lad_fast.teacher_cache import TeacherCache, choose_place
 from lad_fast.tracking import TRACKERS, Tracker
 
@@ -68,11 +70,11 @@ _MOST_SKIPPED = 40  # steps in a row: the loss scale has been halved from 2^16 t
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(DataConfig):
     """What fine-tuning and distillation have in common."""
 
-    task: str
-    """GLUE task: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."""
+    regression: bool = False
+    """Of csv: labels are numbers to predict, not classes."""
     output_dir: Path
     """Folder for best/, last/, log.jsonl, config.json, results.json and, until the run has ended, checkpoints/; and
     not-finite-step-N of a run that ended by such numbers."""
@@ -85,10 +87,6 @@ class TrainingConfig:
     """Minutes between checkpoints: what a killed run loses at most."""
     save_total_limit: int = 2
     """Checkpoints kept, the newest; each takes about three times the model's size, as does one more being written."""
-    data_dir: Path | None = None
-    """Folder with GLUE as Parquet files or official TSV files; None takes it from the Hugging Face hub."""
-    cache_dir: Path | None = None
-    """Folder that keeps tokenised data between runs; None keeps nothing."""
     epochs: int = 3
     """Passes over the training data."""
     max_steps: int | None = None
@@ -97,8 +95,6 @@ class TrainingConfig:
     """Examples a batch; under torchrun of each process, so that two processes with 16 do what one does with 32."""
     gradient_accumulation_steps: int = 1
     """Batches an optimizer step; an epoch's last step may take fewer."""
-    max_length: int = 128
-    """Tokens an example keeps, special ones included."""
     padding: Literal["auto", "longest", "packed", "max_length"] = "auto"
     """Like lengths together, padded to the batch's longest example or packed without padding; or all padded to
     max_length, plainly shuffled. auto packs where a flash kernel takes packed batches: on a GPU, in half precision."""
@@ -231,7 +227,7 @@ def finetune(
 
     Args:
         config: see :class:`FinetuneConfig`.
-        task: instead of the GLUE task that ``config.task`` names.
+        task: instead of the one that ``config.task`` names.
         train, evaluation: tokenised data instead of what ``config`` names; evaluation by split name, {} for
             none.
         model, tokenizer: instead of ``config.model``; the model is trained in place.
@@ -243,7 +239,7 @@ def finetune(
         FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
-    task = task or get_task(config.task)
+    task = task or find_task(config, () if config.regression else None)
     if model is None:
         model, tokenizer = current_world().in_turn(load_classifier, config.model, task)
     _check_classes("model", model, task)
@@ -271,7 +267,7 @@ def distill(
 
     Args:
         config: see :class:`DistillConfig`.
-        task: instead of the GLUE task that ``config.task`` names.
+        task: instead of the one that ``config.task`` names.
         train, evaluation: tokenised data instead of what ``config`` names; evaluation by split name, {} for
             none.
         teacher, tokenizer: instead of ``config.teacher``; the teacher comes back in eval mode, on the device
@@ -286,7 +282,7 @@ def distill(
         FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
-    task = task or get_task(config.task)
+    task = task or find_task(config, () if config.regression else None)
     if teacher is None:
         teacher, tokenizer = current_world().in_turn(partial(load_classifier, fine_tuned=True), config.teacher, task)
     _check_classes("teacher", teacher, task)
@@ -605,12 +601,15 @@ def _run(
                 if not task.is_regression:
                     told["confusion"] = {name: split.confusion.tolist() for name, split in found.items()}
                 log.write_metrics(state | told)
+                sources = {role: getattr(config, role) for role in ("teacher", "model") if hasattr(config, role)}
+                card = model_card(output_dir.name, task, state, run["settings"], sources, VERSIONS)
+                saved = step.student, tokenizer, step.gates, state, card
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
                     best = score, state
-                    world.first(save_checkpoint, output_dir / "best", step.student, tokenizer, step.gates, state)
-                world.first(save_checkpoint, output_dir / "last", step.student, tokenizer, step.gates, state)
+                    world.first(save_checkpoint, output_dir / "best", *saved)
+                world.first(save_checkpoint, output_dir / "last", *saved)
                 position = {"epoch": epoch + 1, "batches": 0}
                 log.start_window()
                 if log.steps == step.total_steps:
@@ -632,8 +631,9 @@ def _run(
 
 # What does not change what is computed but by rounding; models and data are compared by content, not by path.
 _MAY_DIFFER = {
-    "output_dir", "data_dir", "cache_dir", "model", "teacher", "pretrained", "recipe", "resume", "save_steps",
-    "save_minutes", "save_total_limit", "device", "num_threads", "log_every", "detect_anomaly", "progress", "log",
+    "output_dir", "data_dir", "text_column", "text_pair_column", "label_column", "regression", "cache_dir", "model",
+    "teacher", "pretrained", "recipe", "resume", "save_steps", "save_minutes", "save_total_limit", "device",
+    "num_threads", "log_every", "detect_anomaly", "progress", "log",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def test_metadata(installation):
     (distribution,) = (d for d in distributions(path=[str(site)]) if d.metadata["Name"] == "lad_fast")
     assert distribution.version == lad_fast.__version__
     assert distribution.metadata["Requires-Python"] == ">=3.11"
-    extras = {"glue", "report", "tensorboard", "trainer", "bench", "test", "dev"}
+    extras = {"glue", "report", "tensorboard", "trainer", "onnx", "bench", "test", "dev"}
     assert extras == set(distribution.metadata.get_all("Provides-Extra"))
     assert [point.value for point in distribution.entry_points] == ["lad_fast.cli:main"]
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import bench_record
+import int8
 import kernel_counts
 import real_data
 
@@ -13,6 +14,10 @@ README = bench_record.README.read_text(encoding="utf-8")
 def test_real_data_table_is_the_result_files():
     table = real_data.table(json.loads(real_data.RESULT.read_text())).strip()
     assert bench_record.between(README, real_data.MARKERS) == table
+
+
+def test_the_table_of_8_bits_is_the_result_file():
+    assert bench_record.between(README, int8.MARKERS) == int8.table(json.loads(int8.RESULT.read_text()))
 
 
 def test_bench_tables_are_the_result_files():
