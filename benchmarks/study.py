@@ -211,13 +211,20 @@ class Study:
                         f"{job.key} was run with {row['settings']}; it now takes {settings}: remove "
                         f"{self.work / 'rows' / job.key}.json and its row in {self.result}, or take other folders"
                     )
-                continue
+                if not self._lacks_teacher(job, plan[i + 1 :]):
+                    continue
             row = self._keep(job, settings, self._train(job, settings))
             shutil.rmtree(self.work / "running" / job.key, ignore_errors=True)
             left = [later for later in plan[i + 1 :] if later.key not in self.rows]
             hours = seconds_left(left, [row for row in self.rows.values() if row["task"] in tasks], self.size) / 3600
             told = row["failed"] or f"{row['score']:.4f}"
             print(f"{job.key}: {told}, {row['seconds']:.0f} s; {len(left)} runs left, {hours:.1f} h", flush=True)
+
+    def _lacks_teacher(self, job: Job, later: Sequence[Job]) -> bool:
+        """Whether it is a teacher with students still to come, whose folder is gone: its row came from elsewhere."""
+        if job.model != TEACHER or (self._teacher_folder(job) / "last").is_dir():
+            return False
+        return any(j[:2] == job[:2] and j.key not in self.rows for j in later)
 
     def size(self, job: Job) -> float:
         """Tokens that pass through models, in units of a pass through a student: what a run's time goes by."""

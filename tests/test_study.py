@@ -1,6 +1,7 @@
 """The study of strategies: its table, its order, what tuning sees, and that no finished run is run again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -140,6 +141,21 @@ def test_a_result_file_alone_is_enough(small, seen, tmp_path, monkeypatch):
     again.run(["rte"], [])
     assert len(seen) == 4
     assert list(again.rows) == [job.key for job in first]
+
+
+def test_a_result_file_from_elsewhere_is_gone_on_with(small, seen, tmp_path, monkeypatch):
+    """Its teachers are not in it: the one that students still wait for is trained again, and no student is."""
+    distill = study.distill
+    monkeypatch.setattr(study, "distill", lambda *a, **o: 1 / 0 if len(seen) == 20 else distill(*a, **o))
+    with pytest.raises(ZeroDivisionError):
+        small().run(["rte"], [1])
+    monkeypatch.setattr(study, "distill", distill)
+    shutil.rmtree(tmp_path / "work")
+    small().run(["rte"], [1])
+    trained = [folder for name, _, folder in seen if name != "evaluate"]
+    whole = list(study.jobs(["rte"], [1]))
+    assert len(trained) == len(whole) + 1 and trained.count("rte-tune") == 2
+    assert len({*trained} - {"rte-tune", "rte-final"}) == len(whole) - 2
 
 
 def test_a_run_that_diverges_is_a_row_without_a_score(small, tmp_path, monkeypatch):
