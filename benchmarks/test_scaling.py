@@ -15,7 +15,7 @@ from workloads import SIZES, load, our_backend, sample
 
 HIDDEN_SIZE = 384
 TOKENS, FULL_TOKENS = (256, 1024, 4096, 16384), (256, 512, 1024, 2048, 4096, 8192, 16384)
-EPOCH_BATCHES = (4, 8, 16)
+EPOCH_BATCHES = (2, 4, 8)
 AXES = ("tokens", "layers")
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
 from lad_fast.gates import check_inside
-from lad_fast.glue import Task
+from lad_fast.glue import Task, brief
 from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
 
 __all__ = ["build_student", "load_classifier", "model_inputs", "quiet", "run_model", "save_checkpoint"]
@@ -168,9 +168,9 @@ def _check_folder(name_or_path, folder: Path) -> None:
                 continue
             if type(value) not in kinds or not least <= value <= most:
                 what = "an integer" if kinds is _INT else "a number"
-                raise ValueError(f"{where} is {_brief(value)}; it takes {what} from {least:g} to {most:g}")
+                raise ValueError(f"{where} is {brief(value)}; it takes {what} from {least:g} to {most:g}")
         if "implementation" in name and isinstance(value, str) and "/" in value:
-            raise ValueError(f"{where} is {_brief(value)}; it takes no kernel of the hub, whose code would be run")
+            raise ValueError(f"{where} is {brief(value)}; it takes no kernel of the hub, whose code would be run")
         if key == "transformers_weights":
             _check_names(where, value)
     if (path := folder / "tokenizer_config.json").exists():
@@ -181,16 +181,11 @@ def _check_folder(name_or_path, folder: Path) -> None:
             if re.match(r"\w+_files?\b|init_inputs\b", name) and not is_leftover:
                 _check_names(where, value)
             if name == "model_max_length" and value is not None and (type(value) not in _NUMBER or value < 1):
-                raise ValueError(f"{where} is {_brief(value)}; it takes a number of tokens")
+                raise ValueError(f"{where} is {brief(value)}; it takes a number of tokens")
     for path in folder.glob("*.index.json"):
         for name, value in _entries(name_or_path, path):
             if name.startswith("weight_map"):
                 _check_names(f"model {name_or_path}: {path.name}: weight_map", value)
-
-
-def _brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _entries(name_or_path, path: Path) -> Iterator[tuple[str, object]]:
@@ -220,7 +215,7 @@ def _entries(name_or_path, path: Path) -> Iterator[tuple[str, object]]:
 
 def _check_names(where: str, value) -> None:
     if isinstance(value, str) and (Path(value).name != value or value in ("", "..")):
-        raise ValueError(f"{where} is {_brief(value)}; it takes the plain name of a file in the folder")
+        raise ValueError(f"{where} is {brief(value)}; it takes the plain name of a file in the folder")
 
 
 def _check_claimed_size(name_or_path, config, folder: Path) -> None:
