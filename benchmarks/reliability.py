@@ -76,7 +76,7 @@ PROMISES = (
         ("tests/test_replay.py",),
     ),
     Promise("Saturated and collapsed gates are told once, and no others", ("tests/test_gate_condition.py",)),
-    Promise("Broken data load as written or are refused by file and row", (DATA,)),
+    Promise("Broken data load as written or are refused by file and row", (DATA, "tests/test_tasks.py")),
     Promise(
         "Threads, forked and spawned processes, no or a broken Triton, two devices: the same numbers, or a named error",
         ("tests/test_processes.py",),
@@ -86,7 +86,8 @@ PROMISES = (
         ("tests/test_distributed.py",),
     ),
     Promise(
-        "Model folders and gate files from strangers run no code and get no memory they only claim", (UNTRUSTED,)
+        "Model folders and gate files from strangers run no code and get no memory they only claim",
+        (UNTRUSTED, "tests/test_published.py::test_what_does_not_fit_is_refused_by_name"),
     ),
     Promise("A wrong call is refused by an error that names the argument", ("tests/test_functional.py",)),
     Promise(

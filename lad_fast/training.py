@@ -591,15 +591,15 @@ def _run(
                         save()
                     signals.check()
                 log.write_losses(epoch, step.scheduler.get_last_lr())
-                found = {
+                scored = {
                     name: evaluate(step.student, signals.watch(split), task, precision=config.precision, world=world)
                     for name, split in evaluation.items()
                 }
-                metrics = {name: split.metrics for name, split in found.items()}
+                metrics = {name: split.metrics for name, split in scored.items()}
                 state = {"task": task.name, "step": log.steps, "epoch": epoch, "metrics": metrics}
                 told = {} if step.gates is None else world.first(step.look_at_gates, batches.first())
                 if not task.is_regression:
-                    told["confusion"] = {name: split.confusion.tolist() for name, split in found.items()}
+                    told["confusion"] = {name: split.confusion.tolist() for name, split in scored.items()}
                 log.write_metrics(state | told)
                 sources = {role: getattr(config, role) for role in ("teacher", "model") if hasattr(config, role)}
                 card = model_card(output_dir.name, task, state, run["settings"], sources, VERSIONS)
