@@ -430,6 +430,9 @@ def table(content: dict) -> str:
     if not content["runs"]:
         return "Not run yet: there is no result file."
     tasks = content["plan"]["tasks"]
+    if not any(final_scores(content, task, TEACHER) for task in tasks):
+        tuned = ", ".join(TITLES[task] for task in dict.fromkeys(row["task"] for row in content["runs"]))
+        return f"Begun: {len(content['runs'])} runs of tuning on {tuned}; no score on a validation split yet."
     places = {(row["machine"], row["threads"], row["versions"]["torch"]) for row in content["runs"]}
     commits = ", ".join(dict.fromkeys(row["commit"] for row in content["runs"]))
     where = "; ".join(f"{machine}, {threads} threads, torch {torch}" for machine, threads, torch in sorted(places))
@@ -576,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(read(args.result)))
     else:
         content = read(args.result)
-        if content["runs"]:
+        if any(final_scores(content, task, TEACHER) for task in content["plan"]["tasks"]):
             print(figure(content, RESULT.with_suffix(".png")))
         replace_between(README, MARKERS, table(content))
     return 0

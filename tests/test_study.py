@@ -275,6 +275,12 @@ def test_the_table_says_what_is_missing():
     assert study.table(study.read(study.ROOT / "absent.json")) == "Not run yet: there is no result file."
 
 
+def test_a_study_that_only_tunes_has_no_table_yet():
+    row = {"task": "rte", "phase": "tune", "model": "lad", "number": 0, "score": 0.5}
+    content = {"plan": {"tasks": {"rte": {"seeds": [1]}}, "students": ["lad"]}, "latency": None, "runs": [row, row]}
+    assert study.table(content) == "Begun: 2 runs of tuning on RTE; no score on a validation split yet."
+
+
 def test_large_caches_are_known_before_they_are_made():
     data, teacher = split("train", 10, 0), bert()
     settings = {"method": "attention", "padding": "longest"}
