@@ -21,13 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel, set_seed
 
 import lad_fast
 from lad_fast.data import Batches, TokenizedSplit, tokenize
@@ -146,23 +140,17 @@ def make_splits(seed: int, num_train: int = NUM_TRAIN, num_dev: int = NUM_DEV) -
     return {"validation": draw("validation", num_dev, 0.0), "train": draw("train", num_train, PLAIN_SHARE)}
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Trains a lower-casing WordPiece tokenizer on the texts, with BERT's special tokens."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+def build_tokenizer(texts: list[str]) -> BertTokenizer:
+    """A lower-casing BERT tokenizer that has every word of the texts for a piece, in alphabetical order.
 
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **special)
+    A trainer of tokenizers would break ties by hash maps seeded anew in each process: no run could be repeated.
+    """
+    words = sorted({word for text in texts for word in text.lower().split()})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    return BertTokenizer({word: i for i, word in enumerate(vocabulary)}, model_max_length=MAX_LENGTH)
 
 
-def build_teacher(tokenizer: PreTrainedTokenizerFast, seed: int) -> BertForSequenceClassification:
+def build_teacher(tokenizer: BertTokenizer, seed: int) -> BertForSequenceClassification:
     """A BERT of 6 layers, 128 wide, with random weights.
 
     Weights are drawn wider than BERT's 0.02, which is made for a width of 768: at 128 the first token would hardly

@@ -1,6 +1,9 @@
 """The embedded task cannot be read off words, and the demo runs from end to end."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +121,32 @@ def test_tokenizer_knows_every_word(splits):
         assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
         assert tokenizer.unk_token_id not in ids
         assert len(ids) <= tokenizer.model_max_length
+
+
+SMALL_DEMO = """
+import functools, hashlib, sys
+from pathlib import Path
+from lad_fast import demo as module
+
+module.make_splits = functools.partial(module.make_splits, num_train=1280, num_dev=64)
+folder = Path(sys.argv[1])
+module.demo(module.DemoConfig(folder, teacher_steps=40, student_steps=20, num_threads=2, progress=False))
+for path in sorted(folder.glob("*/best/*")):
+    print("digest", path.relative_to(folder), hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_every_process_makes_the_same_files(tmp_path):
+    def digests(name: str, hash_seed: str) -> list[str]:
+        command = [sys.executable, "-P", "-c", SMALL_DEMO, str(tmp_path / name)]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [line for line in run.stdout.splitlines() if line.startswith("digest")]
+
+    first = digests("first", "1")
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert sum(file in line for line in first) == 4  # the teacher and three students
+    assert digests("second", "2") == first
 
 
 def test_teacher_has_six_layers_of_128(splits):
