@@ -1,4 +1,4 @@
-# make demo    trains a small teacher, distils it three ways, prints a table (under three minutes on two cores)
+# make demo    trains a small teacher, distils it three ways, prints a table (about three minutes on two cores)
 # make test    the whole test suite
 # make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
 # make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md

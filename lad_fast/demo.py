@@ -53,7 +53,7 @@ METHODS = {"none": "student, labels only", "logits": "student, logits", "lad": "
 
 @dataclass
 class DemoConfig:
-    """Train a small teacher on a task made here and distil it three ways: no network, under three minutes."""
+    """Train a small teacher on a task made here and distil it three ways: no network, about three minutes."""
 
     output_dir: Path = Path("runs/demo")
     """Folder for results.json, comparison.png and the checkpoints."""
