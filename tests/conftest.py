@@ -1,5 +1,6 @@
 """Settings and fixtures that every test shares."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,6 +15,19 @@ os.environ["LAD_FAST_CACHE"] = os.devnull  # launches that somebody measured on 
 
 # Tests run on one thread each: make test runs one worker per core, and sums then do not depend on the machine.
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    # Half of an interpreted kernel's time went by patching Triton's language anew at each call of a function inside
+    # it. These patches are never taken back (a launch's own are): once for each function is enough.
+    patch_lang_once = functools.cache(interpreter._patch_lang)
+
+    def call_device_function(self, *args, **kwargs):
+        patch_lang_once(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
 
 SHARED = Path(os.environ.get("LAD_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
