@@ -42,6 +42,10 @@ PROMISES = (
         (f"{RESUME}::test_a_stopped_run_goes_on_to_the_bit",),
     ),
     Promise(
+        "Two processes train the same models to the bit, by two threads each, whatever their hash seeds (the demo)",
+        ("tests/test_demo.py::test_every_process_makes_the_same_files",),
+    ),
+    Promise(
         "A damaged checkpoint is passed over for the one before it, or named",
         (f"{RESUME}::test_a_damaged_checkpoint_is_passed_over", f"{RESUME}::test_nothing_whole_is_no_new_start"),
     ),
