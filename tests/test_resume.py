@@ -227,11 +227,12 @@ def test_thirty_kills_change_nothing(tmp_path, undisturbed):
         start = time.perf_counter()
         assert killed_until_done(tmp_path / name, iter([60]), save_steps=1) == []
         seconds.append(time.perf_counter() - start)
-    # Longer and longer, so that runs reach a checkpoint also where starting takes most of one's time.
-    delays = (numbers.uniform(0, 0.5 * min(seconds) * 1.03**i) for i in count())
     kills, runs = [], 0
     while len(kills) < KILLS:
         folder = tmp_path / str(runs)
+        # Longer and longer, so that a run reaches a checkpoint also where starting takes most of its time; short again
+        # for the next one: were they not, runs that have become faster than those timed above would not be killed.
+        delays = (numbers.uniform(0, 0.5 * min(seconds) * 1.03**i) for i in count())
         kills += killed_until_done(folder, delays, save_steps=1)
         runs += 1
         assert outcome(folder) == expected, f"killed in {kills}"
