@@ -19,8 +19,8 @@ torch.set_num_threads(1)
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
-    # Half of an interpreted kernel's time went by patching Triton's language anew at each call of a function inside
-    # it. These patches are never taken back (a launch's own are): once for each function is enough.
+    # Triton patches its language anew at each call of a function inside a kernel: half of an interpreted kernel's time.
+    # These patches are never taken back (a launch's own are): once for each function is enough.
     patch_lang_once = functools.cache(interpreter._patch_lang)
 
     def call_device_function(self, *args, **kwargs):
