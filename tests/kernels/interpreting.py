@@ -150,14 +150,14 @@ class _Grid:
 def concurrent_programs(order: str | int = "forward") -> Iterator[None]:
     """Run the programs of each kernel at once, so that they can wait for one another.
 
-    Still one at a time, and each time in the same way: a program hands over behind every atomic operation and volatile
-    load. "forward" and "backward" go round the grid; a seed draws who is next, and finds more races. Raises
-    :class:`DeadlockError`.
+    Still one at a time, and each time in the same way: a program hands over behind every volatile load and every atomic
+    operation of :data:`ATOMICS`. "forward" and "backward" go round the grid; a seed draws who is next, and finds more
+    races. Raises :class:`DeadlockError`.
     """
     if isinstance(order, str) and order not in ("forward", "backward"):
         raise ValueError(f"order must be 'forward', 'backward' or a seed, got {order!r}")
     execute = GridExecutor.__call__
-    load, store, atomic_store = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_store
+    load, store = Builder.create_masked_load, Builder.create_masked_store
 
     def patched_execute(executor, *args, **kwargs):
         executor.fn = _Grid(executor.fn, order)
@@ -168,19 +168,16 @@ def concurrent_programs(order: str | int = "forward") -> Iterator[None]:
                 raise error.__cause__ from None
             raise
 
-    def patched_load(builder, pointers, mask, other, cache_policy, is_volatile):
-        result = load(builder, pointers, mask, other, cache_policy, is_volatile)
-        if is_volatile:
+    def patched_load(builder, *operands, **options):
+        result = load(builder, *operands, **options)
+        # The last operand in every version of Triton; loads by a descriptor pass it by name.
+        if options.get("is_volatile", operands[-1]):
             threading.current_thread().pause()
         return result
 
     def patched_store(builder, *operands):
         threading.current_thread().changed_memory = True
         store(builder, *operands)
-
-    def patched_atomic_store(builder, *operands):
-        atomic_store(builder, *operands)
-        threading.current_thread().pause()
 
     def patched_atomic(name):
         operation = getattr(Builder, name)
@@ -199,7 +196,6 @@ def concurrent_programs(order: str | int = "forward") -> Iterator[None]:
         patch.setattr(GridExecutor, "__call__", patched_execute)
         patch.setattr(Builder, "create_masked_load", patched_load)
         patch.setattr(Builder, "create_masked_store", patched_store)
-        patch.setattr(Builder, "create_atomic_store", patched_atomic_store)
         for name in ATOMICS:
             patch.setattr(Builder, name, patched_atomic(name))
         yield
