@@ -93,7 +93,11 @@ def measure(benchmark, pytestconfig, roofs):
         calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
         benchmark.group = f"{table}: {case}"
         others = OtherJobs()
-        benchmark.pedantic(step, rounds=rounds, iterations=calls)
+        try:
+            benchmark.pedantic(step, rounds=rounds, iterations=calls)
+        except KeyboardInterrupt:  # its report of all rows would fail at one without a round
+            benchmark.has_error = True
+            raise
         others = others.share()
         row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
         if benchmark.stats is not None:  # None with --benchmark-disable

@@ -11,7 +11,11 @@ Nothing here takes the command line, whose parser may be missing where nothing c
 """
 
 import math
+import multiprocessing
+import os
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,21 +97,41 @@ USUAL = ((128, 31, 77, 1), 768, 6)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
+def at_once(function: Callable, *arguments: list) -> Iterator:
+    """Results as by ``map``, of processes of their own: what takes long is compiling, one kernel after another.
+
+    Kernels that were compiled lie in Triton's cache for every later process.
+    """
+    workers = max(1, min(14, (os.cpu_count() or 1) - 1))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(function, *arguments)
+
+
+def _error(case: Case, dtype: torch.dtype, i_form: int) -> tuple[float, str]:
+    """The worst relative error of loss and gradients against the reference in float64, and what was raised."""
+    expected = case.gradients(dtype, torch.device("cpu"), "reference", work=torch.float64)
+    try:
+        with launch.forced(forms(dtype)[i_form]):
+            found = case.gradients(dtype, DEVICE, "triton")
+    except Exception as error:  # behind some of them the process has no GPU any more: the first one tells
+        return math.inf, f"{type(error).__name__}: {error}"
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    return max(math.inf if math.isnan(error) else error for error in errors), ""
+
+
 def check() -> None:
     """Every form against the reference in float64: both norms, padding counted, masked and packed, three dtypes."""
-    worst = dict.fromkeys(TOLERANCE, 0.0)
-    for case in cases(SMALL, USUAL):
-        for dtype in TOLERANCE:
-            expected = case.gradients(dtype, torch.device("cpu"), "reference", work=torch.float64)
-            for choice in forms(dtype):
-                with launch.forced(choice):
-                    found = case.gradients(dtype, DEVICE, "triton")
-                errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
-                worst[dtype] = max(worst[dtype], *(math.inf if math.isnan(error) else error for error in errors))
-                tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
-                print(f"{case} {dtype} {choice.forward} {tile}: {max(errors):.1e}")
-    print({str(dtype): f"{error:.1e}" for dtype, error in worst.items()})
-    sys.exit(any(worst[dtype] > TOLERANCE[dtype] for dtype in TOLERANCE))
+    work = [(case, dtype, i) for case in cases(USUAL, SMALL) for dtype in TOLERANCE for i in range(len(forms(dtype)))]
+    wrong = 0
+    found = at_once(_error, *zip(*work, strict=True))
+    for (case, dtype, i), (error, raised) in zip(work, found, strict=True):
+        choice, is_right = forms(dtype)[i], error <= TOLERANCE[dtype]
+        wrong += not is_right
+        how = f"{choice.forward} {choice.gemm.block_m} x {choice.gemm.block_n}"
+        print("right" if is_right else "WRONG", f"{error:.1e} {case} {dtype} {how} {raised}", flush=True)
+    print(f"{len(work)} launches, {wrong} wrong")
+    sys.exit(wrong > 0)
 
 
 def small() -> None:
@@ -118,16 +142,23 @@ def small() -> None:
                 case.gradients(torch.bfloat16, DEVICE, "triton")
 
 
+TIMED = (ObjectiveShape(480, 768, 12, seq_len=32), ObjectiveShape(4096, 768, 12))
+
+
+def _seconds(shape: ObjectiveShape, i_form: int) -> float:
+    contestant = Contestant("triton", "objective", Problem(shape, "bfloat16"))
+    with launch.forced(forms(torch.bfloat16)[i_form]):
+        return median_seconds(contestant.step)
+
+
 def time_forms() -> None:
     """Forward and backward of the objective in every form, at the sizes of the benchmarks' first table."""
-    for shape in (ObjectiveShape(480, 768, 12, seq_len=32), ObjectiveShape(4096, 768, 12)):
-        problem = Problem(shape, "bfloat16")
-        contestant = Contestant("triton", "objective", problem)
-        for choice in forms(torch.bfloat16):
-            with launch.forced(choice):
-                seconds = median_seconds(contestant.step)
-            tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
-            print(f"{shape}, {choice.forward} and {choice.backward}, {tile}: {1e6 * seconds:.0f} us")
+    work = [(shape, i) for shape in TIMED for i in range(len(forms(torch.bfloat16)))]
+    list(at_once(_seconds, *zip(*work, strict=True)))  # compiles; what it times runs beside the others
+    for shape, i in work:
+        choice = forms(torch.bfloat16)[i]
+        tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
+        print(f"{shape}, {choice.forward} and {choice.backward}, {tile}: {1e6 * _seconds(shape, i):.0f} us", flush=True)
 
 
 def profile(folder: Path) -> None:

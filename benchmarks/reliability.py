@@ -95,6 +95,14 @@ PROMISES = (
     ),
     Promise("A wrong call is refused by an error that names the argument", ("tests/test_functional.py",)),
     Promise(
+        "Wrong packed bounds that nobody reads, as on a GPU, give NaN; nothing outside is touched, nothing hangs",
+        ("tests/kernels/test_forms.py::test_wrong_bounds_that_nobody_read",),
+    ),
+    Promise(
+        "Gates in any layout in memory give the reference's numbers",
+        ("tests/kernels/test_aggregate.py::test_gates_in_any_layout",),
+    ),
+    Promise(
         "Two thousand steps hold memory, open files and threads where two hundred left them",
         ("tests/test_soak.py::test_two_thousand_steps_take_no_more_than_two_hundred",),
     ),

@@ -126,16 +126,16 @@ def blocks(state: Tensor, norm_weight: Tensor, row_mask, cu_seqlens, seq_len: in
     ``norm_weight`` is one gate's: (S, D), or (1, D) for the "token" norm.
     """
     num_tokens, hidden_size = state.shape
-    most = lc.torch_block_rows(state) or num_tokens
+    most = lc.torch_block_rows(state)
     if cu_seqlens is not None and not per_token:
-        if state.device.type == "cpu":
+        if most is not None:
             yield from _packed_blocks(cu_seqlens.tolist(), most)
-        else:
+        else:  # a GPU would have to be waited for to read the bounds
             segments = _packed_segments(num_tokens, hidden_size, cu_seqlens, norm_weight)
             yield Block(slice(0, num_tokens), None, segments)
         return
     length = 1 if per_token else seq_len
-    step = max(1, most // length) * length
+    step = max(1, (most or num_tokens) // length) * length
     for start in range(0, num_tokens, step):
         rows = slice(start, min(start + step, num_tokens))
         padding = None if row_mask is None else ~row_mask[rows, None]
@@ -166,9 +166,12 @@ def _masked_segments(row_mask: Tensor, seq_len: int, hidden_size: int, dtype: to
 
 def _packed_segments(num_tokens: int, hidden_size: int, cu_seqlens: Tensor, norm_weight: Tensor) -> _Segments:
     rows = torch.arange(num_tokens, device=cu_seqlens.device)
-    example = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    # Nobody looked at the bounds: a too long example becomes NaN, not a wrong read.
     lengths, seq_len = cu_seqlens.diff(), norm_weight.shape[0]
-    count = torch.where(lengths > seq_len, torch.nan, lengths.to(norm_weight.dtype))[:, None] * hidden_size
-    position = (rows - cu_seqlens[example]).clamp(max=seq_len - 1)
+    example = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True).clamp(max=len(lengths) - 1)
+    # Nobody looked at the bounds: an example that is too long or has other rows than they say becomes NaN, not a wrong
+    # read.
+    found = torch.zeros_like(lengths).index_add_(0, example, torch.ones_like(rows, dtype=lengths.dtype))
+    is_wrong = (found != lengths) | (lengths > seq_len)
+    count = torch.where(is_wrong, torch.nan, lengths.to(norm_weight.dtype))[:, None] * hidden_size
+    position = (rows - cu_seqlens[example]).clamp(0, seq_len - 1)
     return _Segments(example, position, None, count.clamp(min=1))

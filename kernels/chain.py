@@ -36,6 +36,7 @@ from lad_fast.kernels.tiles import (
     examples_between,
     gate_of,
     halves,
+    inside,
     matmul,
     pick,
     piece_block,
@@ -147,19 +148,21 @@ def _row_statistics(
             tl.store(mean_ptr + o_rows, b_mean, mask=m_rows)
             tl.store(rstd_ptr + o_rows, b_rstd, mask=m_rows)
     else:
-        b_mean, b_rstd = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+        # Nobody reads packed bounds on the host: what no example holds must not pass in silence,
+        b_mean, b_rstd = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("nan"), tl.float32)
         for i_example in range(e_first, e_last + 1):
             start, length = example_bounds(cu_seqlens_ptr, i_example, T, S, PACKED)
-            o_piece, m_piece = piece_block(start, length, i_example, STRIPS, BLOCK_M, PIECES, BLOCK_S)
+            first, rows = inside(start, length, T, PACKED)
+            o_piece, m_piece = piece_block(first, rows, i_example, STRIPS, BLOCK_M, PIECES, BLOCK_S)
             b_rows = tl.load(pieces_ptr + 2 * PIECES_SIZE + o_piece, mask=m_piece, other=0.0)
             mean, variance = _merge_statistics(pieces_ptr + o_piece, m_piece, b_rows * b_width, PIECES_SIZE, None)
             rstd = tl.rsqrt(variance + eps)
-            if PACKED:  # nobody read the bounds on the host: a too long example must not pass in silence
-                rstd = tl.where(length > S, float("nan"), rstd)
+            if PACKED:  # nor an example that is too long or begins or ends outside
+                rstd = tl.where((length > S) | (length > rows), float("nan"), rstd)
             m_in = (o_rows >= start) & (o_rows < start + length)
             b_mean, b_rstd = tl.where(m_in, mean, b_mean), tl.where(m_in, rstd, b_rstd)
             o_position = tl.where(m_in, (o_rows - start).to(tl.int32), o_position)
-            if (i_n == 0) & (start // BLOCK_M == i_m):
+            if (i_n == 0) & (first // BLOCK_M == i_m):
                 tl.store(mean_ptr + i_example, mean)
                 tl.store(rstd_ptr + i_example, rstd)
     return b_mean, b_rstd, o_position
@@ -391,8 +394,10 @@ def _chain_fwd_kernel(
                     arrive(counters_ptr + i_m)
                     m_first, m_last = i_m, i_m
                     if not PER_TOKEN:  # an example may reach into other row tiles
-                        start, _ = example_bounds(cu_seqlens_ptr, e_first, T, S, PACKED)
+                        start, length = example_bounds(cu_seqlens_ptr, e_first, T, S, PACKED)
+                        start, _ = inside(start, length, T, PACKED)
                         end, length = example_bounds(cu_seqlens_ptr, e_last, T, S, PACKED)
+                        end, length = inside(end, length, T, PACKED)
                         m_first, m_last = start // BLOCK_M, (end + length - 1) // BLOCK_M
                     for i_other in range(m_first, m_last + 1):
                         wait(counters_ptr + i_other, tiles * (i - first + 1))
@@ -533,6 +538,7 @@ def _gate_backward(
             start, length = i_example * ROWS_PER_EXAMPLE, tl.minimum(ROWS_PER_EXAMPLE, T - i_example * ROWS_PER_EXAMPLE)
         else:
             start, length = example_bounds(cu_seqlens_ptr, i_example, T, S, PACKED)
+            start, length = inside(start, length, T, PACKED)
         if i_part * ROWS < length:
             o_rows = start.to(tl.int64) + o_local
             m_rows = (o_local < length) & (o_local < ROWS_PER_EXAMPLE)
@@ -786,7 +792,8 @@ def _chain_bwd_kernel(
                 wait(counters_ptr, programs * (stage - first + 1))
     if SYNC:
         if arrive(counters_ptr + 1) == programs - 1:
-            clear(counters_ptr, 2)
+            tl.store(counters_ptr, 0)
+            tl.store(counters_ptr + 1, 0)
 
 
 def _by_position(tensors: list[Tensor], positions: list[int], first: int, last: int) -> tuple[tuple[Tensor, ...], int]:

@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -248,7 +249,9 @@ def heuristic(device: Device, size: Size) -> ChainLaunch:
     tiles = [tile for tile in tiles if _fits(device, size.kind, tile)] or tiles[-1:]
     count = lambda tile: -(-size.tokens // tile.block_m) * -(-size.hidden_size // tile.block_n)  # noqa: E731
     tile = next((tile for tile in tiles if count(tile) >= device.multiprocessors), tiles[-1])
-    return settings("persistent", "persistent", tile, device.multiprocessors)
+    # AMD's compiler lets a program's other threads have stores in flight when one of them tells that it has arrived.
+    form = "triton" if device.architecture == "gfx942" else "persistent"
+    return settings(form, form, tile, device.multiprocessors)
 
 
 def candidates(device: Device, kind: str) -> list[ChainLaunch]:
@@ -367,16 +370,27 @@ def chain(state: Tensor, matmul_dtype: torch.dtype, per_token: bool) -> ChainLau
     return choose(gpu(state.device), Size(kind(state.dtype, matmul_dtype), _bucket(num_tokens), hidden_size, norm))
 
 
+def room_for_gates(device: torch.device) -> int | None:
+    """Bytes of gates' values that memory="auto" keeps for backward; None for any number."""
+    return torch.cuda.get_device_properties(device).total_memory // 16 if device.type == "cuda" else None
+
+
 def keep_gates(memory: str, state: Tensor, num_gates: int) -> bool:
     """Whether the gates' values, so many tensors like ``state``, are kept for backward."""
-    if memory == "auto" and state.device.type == "cuda":
-        return num_gates * state.nbytes <= torch.cuda.get_device_properties(state.device).total_memory // 16
+    if memory == "auto" and (room := room_for_gates(state.device)) is not None:
+        return num_gates * state.numel() * state.element_size() <= room  # nbytes is nothing for torch.compile's symbols
     return memory != "low"
 
 
 @functools.cache
-def _counters(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
+def _counters(device: torch.device, stream: torch.cuda.Stream, size: int) -> Tensor:
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+    # By another thread: torch.compile's CUDA graphs take all that this one allocates for theirs, and refuse what stays.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 def counters(device: torch.device, size: int) -> Tensor:
@@ -390,7 +404,7 @@ def counters(device: torch.device, size: int) -> Tensor:
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(size, dtype=torch.int32, device=device)
-        return _counters(device, torch.cuda.current_stream().cuda_stream, size)
+        return _counters(device, torch.cuda.current_stream(), size)
 
 
 forget_counters = _counters.cache_clear  # those that a broken launch may have left other than zero

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lad_fast.kernels import launch as lc
-from lad_fast.kernels.tiles import arrive, clear
+from lad_fast.kernels.tiles import arrive
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _write_sums(
 ):  # fmt: skip
     """By the last program, once all examples' losses are there: their sum, always in one order, and the sum of all."""
     if arrive(counter_ptr) == tl.num_programs(0) - 1:
-        clear(counter_ptr, 1)
+        tl.store(counter_ptr, 0)  # as it was found, for the next launch
         o_block = tl.arange(0, BLOCK)
         b_loss = tl.zeros((BLOCK,), tl.float32)
         for i_row in range(0, B, BLOCK):

@@ -180,9 +180,13 @@ def _(
     return tuple(_new_gradients(hidden, weight, norm_weight, need_hidden, need_parameters))
 
 
-def _gate_by_gate(parameter: Tensor) -> Tensor:
-    """The stack with each gate's part contiguous; no copy where just the first rows of an (S, D) affine are taken."""
-    return parameter if parameter[0].is_contiguous() else parameter.contiguous()
+def _laid_out(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, ...]:
+    """The gates as kernels read them: dense, but that affines may be the first rows of longer ones. Both affines share
+    their stride from gate to gate."""
+    affine = norm_weight, norm_bias
+    if norm_weight.stride() != norm_bias.stride() or not all(parameter[0].is_contiguous() for parameter in affine):
+        affine = [parameter.contiguous() for parameter in affine]
+    return weight.contiguous(), bias.contiguous(), *affine
 
 
 def _other(cast: Tensor, weight: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ class _Aggregate(torch.autograd.Function):
     def forward(ctx, *arguments):
         wanted, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep, backend, *tensors = arguments
         weight, bias, norm_weight, norm_bias, *hidden = tensors
-        weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
+        weight, bias, norm_weight, norm_bias = _laid_out(weight, bias, norm_weight, norm_bias)
         hidden = [h.contiguous() for h in hidden]
         cast, aggregates, gates, mean, rstd = aggregate_forward(
             hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, keep,
@@ -406,7 +410,7 @@ class _ChainLoss(torch.autograd.Function):
     def forward(ctx, *arguments):
         targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, *rest = arguments
         teacher_logits, labels, logits_settings, weight, bias, norm_weight, norm_bias, student_logits, *states = rest
-        weight, bias, norm_weight, norm_bias = map(_gate_by_gate, (weight, bias, norm_weight, norm_bias))
+        weight, bias, norm_weight, norm_bias = _laid_out(weight, bias, norm_weight, norm_bias)
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
         losses, factor, differences, gates, cast, *kept = chain_loss_forward(

@@ -114,6 +114,16 @@ def example_bounds(cu_seqlens_ptr, i_example, T, S, PACKED: tl.constexpr):
 
 
 @triton.jit
+def inside(start, length, T, PACKED: tl.constexpr):
+    """The same of those rows that there are: nobody has read packed bounds."""
+    if PACKED:
+        end = tl.minimum(start + length, T)
+        start = tl.maximum(start, 0)
+        length = end - start
+    return start, length
+
+
+@triton.jit
 def piece_block(start, length, i_example, STRIPS, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, BLOCK_S: tl.constexpr):
     """Offsets and mask of an example's pieces: its sums in each row tile and strip of columns that it lies in.
 
@@ -149,5 +159,6 @@ def wait(counter_ptr, target):
 @triton.jit
 def clear(counters_ptr, size):
     """The last program leaves the counters as it found them: zero, for the next launch."""
-    for i in range(0, size):
-        tl.store(counters_ptr + i, 0)
+    for i in range(0, size, 256):
+        o_block = i + tl.arange(0, 256)
+        tl.store(counters_ptr + o_block, 0, mask=o_block < size)

@@ -50,7 +50,8 @@ def fused_aggregate(
         attention_mask: (B, S), nonzero for real tokens: statistics take those only, other rows come back zero.
             None: padding counts, as published.
         cu_seqlens: (B + 1,) integers, the packed examples' bounds, from 0 to tokens. A tensor on a GPU is not
-            read on the host; there an example longer than the norm's ``seq_len`` comes back as NaN.
+            read on the host; there examples that are longer than the norm's ``seq_len`` or lie outside of the
+            tokens, and tokens outside of the examples, come back as NaN.
         reverse: run the chain from layer L down to 1; default: what ``gates`` says, False for plain tensors.
         eps: of the layer norm.
         memory: "fast" keeps the gates' values for backward, L-1 tensors like a hidden state; "low" multiplies once
@@ -339,6 +340,10 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     norm_weight = gates[2]
     seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
     backend = _check_backend(backend, first)
+    if backend == "triton" and first.numel() >= 2**31:
+        raise ValueError(
+            f"hidden_states[0] has {first.numel()} elements; backend 'triton' takes fewer than 2^31"
+        )
     cu_seqlens = _check_bounds(cu_seqlens, attention_mask, first, seq_len)
     if cu_seqlens is not None:
         if backend == "reference" and cu_seqlens.is_meta:

@@ -33,7 +33,8 @@ class StepGraphs:
         self._run, self._zero_grad, self._device = run, zero_grad, device
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: Counter[tuple] = Counter()
-        self._pool = None
+        # One stream for all captures: graphs share a pool's memory only where they were captured on the same one.
+        self._pool, self._side = None, torch.cuda.Stream(device)
 
     def __call__(self, batch):
         """What ``run`` returns for the batch, valid until the next call; None where it is not replayed."""
@@ -52,7 +53,7 @@ class StepGraphs:
     def _capture(self, leaves: list, structure) -> "_Graph":
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = pytree.tree_unflatten(static, structure)
-        side = torch.cuda.Stream(self._device)
+        side = self._side
         side.wait_stream(torch.cuda.current_stream(self._device))
         # Libraries make their workspaces on a first run, which a capture does not allow.
         with torch.cuda.stream(side), torch.random.fork_rng([self._device]):

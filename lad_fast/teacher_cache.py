@@ -1,7 +1,7 @@
 """The teacher's outputs on the training data, kept from the first epoch: later epochs run no teacher.
 
 A teacher is frozen and in eval mode, so what it makes of an example never changes. Real tokens only are kept, in
-the dtype that training computes in; on the GPU, in pinned host memory or in a memory-mapped file.
+the dtype that training computes in; on the GPU, in host memory or in a memory-mapped file.
 """
 
 import os
@@ -33,7 +33,7 @@ class TeacherCache:
         num_labels: C.
         dtype: of the hidden states kept.
         device: where training runs, and where :meth:`read` puts what it gives.
-        place: "gpu" (the device), "cpu" (pinned where training runs on a GPU) or "disk".
+        place: "gpu" (the device), "cpu" or "disk"; from these two, batches go to a GPU by pinned memory.
         folder: for "disk"; the file in it has no name, so it is gone with the process, however that ends.
         world: processes that share what they write; each keeps all of it.
 
@@ -71,8 +71,8 @@ class TeacherCache:
             self._states = _map_file(shape, dtype, folder)
         elif place == "gpu":
             self._states = torch.empty(shape, dtype=dtype, device=self.device)
-        else:
-            self._states = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        else:  # not pinned, which may take twice the memory: what read() picks is
+            self._states = torch.empty(shape, dtype=dtype)
         self._logits = torch.empty(len(self._lengths), num_labels, device=self.device)
         self._held = torch.zeros(len(self._lengths), dtype=torch.bool)
 
@@ -120,9 +120,11 @@ class TeacherCache:
         shape = (-1,) if width is None else (len(index), width)
         states = []
         for kept in self._states:
-            picked = kept.index_select(0, rows)
-            if picked.device != self.device:
-                picked = picked.pin_memory().to(self.device, non_blocking=True)
+            if kept.device.type == self.device.type:
+                picked = kept.index_select(0, rows)
+            else:
+                waiting = torch.empty(len(rows), kept.shape[1], dtype=self.dtype, pin_memory=True)
+                picked = torch.index_select(kept, 0, rows, out=waiting).to(self.device, non_blocking=True)
             states.append(picked.view(*shape, picked.shape[-1]))
         return self._logits.index_select(0, index.to(self.device, non_blocking=True)), tuple(states)
 

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import bench_record
 import measuring
@@ -55,6 +58,31 @@ def test_a_result_file_says_where_it_is_from_and_rounds():
     (row,) = result["rows"]  # what was not timed is left out, and so is what was not measured
     assert row["median_s"] == 0.1235
     assert "peak_bytes" not in row and "roofs" not in row
+
+
+STOPPED = """
+def stop():
+    raise KeyboardInterrupt
+
+def test_whole(measure):
+    measure(dict, table="step", case="case", contestant="whole", rounds=2, profiled=False)
+
+def test_stopped(measure):
+    measure(stop, table="step", case="case", contestant="stopped", rounds=2, profiled=False)
+"""
+
+
+def test_an_interrupted_suite_reports_the_rows_before(tmp_path):
+    (tmp_path / "test_stopped.py").write_text(STOPPED)
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", tmp_path]
+    folder = Path(bench_record.__file__).parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(folder)  # an xdist worker's child would leave the report to others
+    done = subprocess.run([*command, f"--benchmark-json={report}"], env=environment, cwd=tmp_path, capture_output=True)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout.decode()
+    (row,) = bench_record.compact(json.loads(report.read_text()))["rows"]
+    assert row["contestant"] == "whole" and row["median_s"] > 0
 
 
 def test_readme_part_has_a_section_a_file_and_says_where_no_gpu_was_measured(tmp_path):

@@ -290,3 +290,10 @@ def test_weights_may_be_symbolic_numbers_of_a_compiled_caller():
     compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="aot_eager")
     for weight in (0.5, 2.5):
         torch.testing.assert_close(compiled(weight), losses(weight))
+
+
+def test_states_that_the_kernels_cannot_count_are_refused():
+    huge = torch.zeros(1, 1, 1).expand(2**14, 2**9, 2**8)  # of no memory
+    gates = lad_fast.GateStack(2, 2**8, 2**9)
+    with pytest.raises(ValueError, match=r"hidden_states\[0\] has 2147483648 elements; backend 'triton' takes fewer"):
+        lad_fast.fused_aggregate([huge] * 2, gates, backend="triton")

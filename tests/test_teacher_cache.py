@@ -13,9 +13,9 @@ LENGTHS = np.array([3, 1, 5, 2, 4])
 LAYERS, HIDDEN, CLASSES = 3, 8, 2
 
 
-def make(tmp_path, place="cpu", dtype=torch.float32, num_layers=LAYERS):
+def make(tmp_path, place="cpu", dtype=torch.float32, num_layers=LAYERS, device="cpu"):
     return TeacherCache(
-        LENGTHS, num_layers, HIDDEN, CLASSES, dtype=dtype, device="cpu", place=place, folder=tmp_path
+        LENGTHS, num_layers, HIDDEN, CLASSES, dtype=dtype, device=device, place=place, folder=tmp_path
     )  # fmt: skip
 
 
@@ -24,6 +24,25 @@ def outputs(index, width):
     layer = torch.arange(LAYERS).view(-1, 1, 1, 1) * 1000.0
     states = layer + index.view(1, -1, 1, 1) * 100 + torch.arange(width).view(1, 1, -1, 1) + torch.arange(HIDDEN) / 16
     return torch.stack([index * 1.0, -index], dim=1), tuple(states)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", ("cuda", "cuda:0"))
+@pytest.mark.parametrize("place", ("gpu", "cpu", "disk"))
+def test_reads_what_was_written_on_a_gpu(tmp_path, place, device):
+    cache = make(tmp_path, place, device=device)
+    index = torch.tensor([4, 0, 2])
+    logits, states = outputs(index, 6)
+    cache.write(index, logits.to(device), [state.to(device) for state in states])
+    for _ in range(3):  # memory that waits for a copy is used again
+        for order in ([2, 4], [0, 2], [4]):
+            index = torch.tensor(order)
+            right_logits, right = outputs(index, 7)
+            real = torch.arange(7) < torch.from_numpy(LENGTHS)[index][:, None]
+            logits, states = cache.read(index, 7)
+            assert torch.equal(logits.cpu(), right_logits)
+            assert all(state.is_cuda for state in states)
+            assert all(torch.equal(a.cpu()[real], b[real]) for a, b in zip(states, right, strict=True))
 
 
 @pytest.mark.parametrize("written", ("padded", "packed"))

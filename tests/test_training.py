@@ -19,7 +19,7 @@ from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import TASKS, get_task
 from lad_fast.models import build_student, load_classifier, save_checkpoint
-from lad_fast.step import DistillStep, clip_each_gate_
+from lad_fast.step import DistillStep, clip_each_gate_, with_half_linears
 from lad_fast.training import (
     RECIPES,
     DistillConfig,
@@ -371,6 +371,13 @@ def test_a_teacher_kept_in_half_gives_what_autocast_gives(precision):
     kept = {parameter.dtype for parameter in step.teacher.parameters()}
     assert kept == {torch.float32, getattr(torch, precision)}
     assert step.teacher.bert.embeddings.word_embeddings.weight.dtype == torch.float32
+
+
+def test_a_compiled_teacher_kept_in_half_is_compiled():
+    teacher = bert()
+    assert with_half_linears(teacher, torch.bfloat16).base_model._compiled_call_impl is None
+    teacher.base_model.compile()
+    assert with_half_linears(teacher, torch.bfloat16).base_model._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -55,7 +55,7 @@ class Golden:
             for theirs, ours in GATE_NAMES.items()
         }
 
-    def step(self, backend):
+    def step(self, backend, device="cpu"):
         meta = self.meta
         gates = GateStack(meta["L"], meta["d"], meta["s"], "sequence", meta["reverse"])
         initial = self.gates("gate_init").items()
@@ -65,7 +65,8 @@ class Golden:
             regression=meta["classes"] == 1, backend=backend,
         )  # fmt: skip
         return DistillStep(
-            self.model("student_init", meta["K"]), self.model("teacher", meta["L"]), objective,
+            self.model("student_init", meta["K"]).to(device), self.model("teacher", meta["L"]).to(device),
+            objective.to(device),
             learning_rate=meta["lr"], gate_learning_rate=meta["gate_lr"], total_steps=meta["steps"],
             warmup_steps=meta["warmup_steps"], weight_decay=meta["weight_decay"],
             max_grad_norm=meta["max_grad_norm"], mask_padding=False,
@@ -79,5 +80,5 @@ class Golden:
 
 
 def relative_rms(actual, expected):
-    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    actual, expected = torch.as_tensor(actual).double().cpu(), torch.as_tensor(expected).double()
     return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()

@@ -6,7 +6,7 @@ from cases import TOLERANCE, Case, check, operands, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
 import lad_fast
-from lad_fast.kernels import ops
+from lad_fast.kernels import launch, ops
 
 BACKENDS = ("torch", "triton")
 MODES = ("plain", "masked", "packed")
@@ -25,6 +25,15 @@ def compare(case: Case, dtype: torch.dtype, backend: str, seed: int = 0) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_mode(backend, dtype, norm, mode, reverse, poisoned_allocations):
     compare(Case(norm=norm, mode=mode, reverse=reverse), dtype, backend)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_as_on_a_gpu(dtype, norm, mode, monkeypatch, poisoned_allocations):
+    """All rows as one block, and packed bounds that the host does not read."""
+    monkeypatch.setattr(launch, "torch_block_rows", lambda state: None)
+    compare(Case(norm=norm, mode=mode), dtype, "torch")
 
 
 # Each size has its reason: one token, one row an example, D below one tile, D no multiple of a tile, BERT's D,
@@ -94,6 +103,30 @@ def test_layouts_aliases_and_callers_buffers(backend):
         (out,) = lad_fast.fused_aggregate([shared] * 4, inputs["gates"], (3,), backend=name)
         grads.append(torch.autograd.grad(out.square().sum(), shared)[0])
     assert relative_error(*grads) < TOLERANCE[torch.float32]
+
+
+LAYOUTS = {
+    "every second gate of a stack": lambda parameter: torch.stack((parameter, parameter + 1), dim=1).flatten(0, 1)[::2],
+    "one gate for all": lambda parameter: parameter[:1].expand(parameter.shape),
+    "transposed": lambda parameter: parameter.mT.contiguous().mT,
+    "wider rows": lambda parameter: torch.cat((parameter, parameter), dim=-1)[..., : parameter.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", range(5), ids=("weight", "bias", "norm_weight", "norm_bias", "all"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_in_any_layout(backend, which, layout):
+    case = Case(layers=4)
+    inputs = case.build(torch.float32)
+    gates = [LAYOUTS[layout](gate) if which in (i, 4) else gate for i, gate in enumerate(inputs["gates"])]
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in (*inputs["hidden"], *gates)]
+        outputs = lad_fast.fused_aggregate(tensors[:4], tensors[4:], case.wanted, backend=name)
+        grads = torch.autograd.grad(outputs, tensors, [grad.to(dtype) for grad in inputs["grads"]])
+        results.append(dict(enumerate((*outputs, *grads))))
+    check(*results, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -228,3 +261,16 @@ def test_compiles_as_one_graph(backend):
     plain = run(other, more, torch.float32, backend)
     for name, value in run(other, more, torch.float32, backend, compiled).items():
         assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.cuda
+def test_compiles_to_cuda_graphs():
+    """Warmed up, recorded, replayed: the counters that programs wait by are no part of a graph's memory."""
+    case = Case(batch=2, length=6)
+    inputs = case.build(torch.float32)
+    compiled = torch.compile(lad_fast.fused_aggregate, mode="reduce-overhead")
+    plain = run(case, inputs, torch.float32, "triton")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        for name, value in run(case, inputs, torch.float32, "triton", compiled).items():
+            assert torch.equal(value, plain[name]), name

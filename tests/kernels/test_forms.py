@@ -3,16 +3,17 @@
 Forms whose programs wait for one another run here with all programs of a launch at once, in several orders.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, check, relative_error, run, run_loss
-from interpreting import concurrent_programs
+from cases import TOLERANCE, Case, check, operands, relative_error, run, run_loss
+from interpreting import concurrent_programs, counted_traffic
 
 import lad_fast
 from lad_fast.functional import LogitsLoss, chain_loss
-from lad_fast.kernels import launch
+from lad_fast.kernels import launch, ops
 
 pytest.importorskip("triton")
 FORMS = {
@@ -261,3 +262,42 @@ def test_frozen_gates_keep_differences_alone(backend, mode, dtype):
             assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
     for ours, right in zip(*gradients, strict=True):
         assert (ours.double() - right).norm() < TOLERANCE[dtype] * right.norm()
+
+
+# Of 38 rows in examples of at most 24: the bounds, the rows that they hold rightly, and the rows that they do not.
+UNREAD_BOUNDS = {
+    "too long": ([0, 10, 38], slice(0, 10), slice(10, 38)),
+    "end behind the last row": ([0, 10, 40], slice(0, 10), slice(10, 38)),
+    "end far behind the last row": ([0, 10, 1 << 30], slice(0, 10), slice(10, 38)),
+    "end before the last row": ([0, 10, 30], slice(0, 10), slice(30, 38)),
+    "begin behind the first row": ([4, 10, 34, 38], slice(10, 34), slice(0, 4)),
+    "begin before the first row": ([-5, 10, 34, 38], slice(10, 34), slice(0, 10)),
+    "of another batch": ([100, 110, 134, 138], slice(0, 0), slice(0, 38)),
+}
+
+
+@pytest.mark.parametrize("bounds", UNREAD_BOUNDS)
+@pytest.mark.parametrize("form", ("torch", *FORMS))
+def test_wrong_bounds_that_nobody_read(form, bounds, monkeypatch):
+    """Bounds on a GPU are not read on the host: where they are wrong, states are NaN, nothing outside is touched and
+    no program waits for ever."""
+    monkeypatch.setattr(launch, "torch_block_rows", lambda state: None)
+    case = Case(batch=2, length=19, hidden_size=40, layers=3, wanted=(1, 2), mode="packed", seq_len=24)
+    hidden, _, gates, _ = operands(case, case.build(torch.float32))
+    backend = "torch" if form == "torch" else "triton"
+
+    def states(bounds: list[int]) -> torch.Tensor:
+        where = None, torch.tensor(bounds, dtype=torch.int32), 0
+        with concurrent_programs(), counted_traffic() as traffic:
+            _, aggregates, *saved = ops.aggregate_forward(hidden, *gates, *where, 1e-5, torch.float32, "gates", backend)
+            grads = [None, torch.ones_like(aggregates[-1])]
+            read = None if form == "torch" else aggregates
+            ops.aggregate_backward(grads, hidden, *gates, read, *saved, *where, 1e-5, True, True, backend)
+        assert not any(counts["?"] for kernel in traffic.values() for counts in (kernel.loaded, kernel.stored))
+        return aggregates[-1]
+
+    wrong, kept, lost = UNREAD_BOUNDS[bounds]
+    with nullcontext() if form == "torch" else launch.forced(choice(*FORMS[form])):
+        right, found = states([0, 10, 34, 38]), states(wrong)
+    assert torch.equal(found[kept], right[kept])
+    assert found[lost].isnan().all()

@@ -76,7 +76,8 @@ def test_the_heuristic_takes_the_largest_tile_that_fits_and_still_fills_the_gpu(
     choice = heuristic(device, Size(kind, tokens, hidden_size, "token"))
     assert (choice.gemm.block_m, choice.gemm.block_n, choice.gemm.block_k) == tile
     assert choice.multiprocessors == device.multiprocessors
-    assert (choice.forward, choice.backward) == ("persistent", "persistent")
+    form = "triton" if device is MI300 else "persistent"
+    assert (choice.forward, choice.backward) == (form, form)
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
@@ -221,6 +222,17 @@ def test_where_the_cache_file_is(monkeypatch, tmp_path):
     assert launch.cache_file() == tmp_path / "xdg/lad_fast/launch.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert launch.cache_file() == tmp_path / ".cache/lad_fast/launch.json"
+
+
+def test_what_is_kept_is_chosen_for_any_length_in_one_graph(monkeypatch):
+    """As torch.compile sees it on a GPU: shapes are symbols, and their bytes must fit."""
+    monkeypatch.setattr(launch, "room_for_gates", lambda device: 11 * 4 * 6 * 8)
+
+    def kept(state):
+        return state + 1 if launch.keep_gates("auto", state, 11) else state - 1
+
+    compiled = torch.compile(kept, fullgraph=True, backend="eager", dynamic=True)
+    assert [compiled(torch.zeros(length, 8))[0, 0].item() for length in (5, 6, 7, 8)] == [1, 1, -1, -1]
 
 
 PROPERTIES = {"name": "GPU", "major": 9, "minor": 0, "multi_processor_count": 132}
