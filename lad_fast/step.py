@@ -441,8 +441,9 @@ def with_half_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedM
         if isinstance(module, nn.Linear):
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    if model.base_model._compiled_call_impl is not None:  # which a copy leaves behind
-        twin.base_model.compile(dynamic=True)
+    for module, copied in zip(model.modules(), twin.modules(), strict=True):
+        if module._compiled_call_impl is not None:  # which a copy leaves behind
+            copied.compile(dynamic=True)
     return twin
 
 
