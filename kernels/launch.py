@@ -133,6 +133,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.11 traces no find_spec
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None

@@ -216,6 +216,7 @@ class _Aggregate(torch.autograd.Function):
             row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, None if backend == "torch" else aggregates,
             mean, rstd, *hidden, *gates,
         )  # fmt: skip
+        aggregates = aggregates.unbind(0)  # compiled by PyTorch 2.11, an index in its place loses the gradient
         return tuple(aggregates[i - len(weight)] for i in wanted)
 
     @staticmethod

@@ -84,7 +84,8 @@ class LADTrainer(Trainer):
         self.objective = objective.to(args.device)
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
         self._teacher_takes = set(inspect.signature(teacher.forward).parameters)
-        self.loss_is_scaled_for_ga = False  # a batch's mean: Trainer divides it by the batches that accumulate
+        # A batch's mean: Trainer divides it by the batches that accumulate, by this name in every version 5.
+        self.model_accepts_loss_kwargs = False
         self._zeroed_at: int | None = None  # the step whose gradients the objective holds
         self._sums: dict[str, Tensor | float] = defaultdict(float)
 
