@@ -133,12 +133,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # PyTorch 2.11 traces no find_spec
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):  # a finder that refuses it, or what a failed import left
         return False
+
+
+_HAD_TRITON = _has_triton()  # when this was imported: torch.compile of PyTorch 2.11 traces no search for it
 
 
 @functools.cache
@@ -156,7 +158,7 @@ def broken_triton() -> str | None:
 
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on ``device``, otherwise the reason they do not."""
-    if not _has_triton():
+    if not (_HAD_TRITON if torch.compiler.is_compiling() else _has_triton()):
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
