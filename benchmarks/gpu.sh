@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU has to tell, in two halves of under ten minutes each.
 #
-#     bash benchmarks/gpu.sh pack                       # where there is a network: into .gpu, 20 MB that git ignores
+#     bash benchmarks/gpu.sh pack                       # where there is a network: into .gpu, 14 MB that git ignores
 #     OUT=/tmp/out bash benchmarks/gpu.sh proof         # tests, sanitizer
 #     OUT=/tmp/out bash benchmarks/gpu.sh speed         # benchmarks, a profile, a training run
 #
@@ -71,7 +71,7 @@ proof() {
     part check 140 "$PYTHON" benchmarks/gpu_parts.py check
     part kernels 120 "${PYTEST[@]}" "${MANY[@]}" -k "not torch" \
         tests/kernels/test_{aggregate,chain_loss,forms,losses,random,range}.py
-    # The longest first: each takes a process of its own.
+    # The longest first.
     part tests 170 "${PYTEST[@]}" "${MANY[@]}" -m "cuda or slow" -k "cuda or gpu or triton or tun" \
         tests/test_{soak,tuning,golden,training,packed,processes,resume,data,teacher_cache}.py
     for tool in memcheck racecheck; do

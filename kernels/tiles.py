@@ -115,7 +115,7 @@ def example_bounds(cu_seqlens_ptr, i_example, T, S, PACKED: tl.constexpr):
 
 @triton.jit
 def inside(start, length, T, PACKED: tl.constexpr):
-    """The same of those rows that there are: nobody has read packed bounds."""
+    """First row and number of those rows of an example that there are: nobody has read packed bounds."""
     if PACKED:
         end = tl.minimum(start + length, T)
         start = tl.maximum(start, 0)

@@ -341,9 +341,7 @@ def _check_chain(hidden_states, gates, layers, attention_mask, cu_seqlens, rever
     seq_len = norm_weight.shape[1] if norm_weight.dim() == 3 else None
     backend = _check_backend(backend, first)
     if backend == "triton" and first.numel() >= 2**31:
-        raise ValueError(
-            f"hidden_states[0] has {first.numel()} elements; backend 'triton' takes fewer than 2^31"
-        )
+        raise ValueError(f"hidden_states[0] has {first.numel()} elements; backend 'triton' takes fewer than 2^31")
     cu_seqlens = _check_bounds(cu_seqlens, attention_mask, first, seq_len)
     if cu_seqlens is not None:
         if backend == "reference" and cu_seqlens.is_meta:

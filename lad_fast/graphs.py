@@ -53,16 +53,15 @@ class StepGraphs:
     def _capture(self, leaves: list, structure) -> "_Graph":
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch = pytree.tree_unflatten(static, structure)
-        side = self._side
-        side.wait_stream(torch.cuda.current_stream(self._device))
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
         # Libraries make their workspaces on a first run, which a capture does not allow.
-        with torch.cuda.stream(side), torch.random.fork_rng([self._device]):
+        with torch.cuda.stream(self._side), torch.random.fork_rng([self._device]):
             self._run(batch)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
         self._zero_grad()
         graph = torch.cuda.CUDAGraph()
         # Without a stream it would take one of whichever device was captured on first.
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=side):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=self._side):
             outputs = self._run(batch)
         self._pool = graph.pool()
         return _Graph(graph, static, outputs)
