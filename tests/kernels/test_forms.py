@@ -3,7 +3,6 @@
 Forms whose programs wait for one another run here with all programs of a launch at once, in several orders.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -82,15 +81,15 @@ def test_forms_agree_to_the_last_bit_in_float32(norm, mode):
     assert same(results[0], results[2])
 
 
-@pytest.mark.parametrize("order", ("backward", 1, 2, 3))
 @pytest.mark.parametrize("form", ("persistent", "cublas"), indirect=True)
-def test_no_order_of_programs_changes_a_bit(form, order):
+def test_no_order_of_programs_changes_a_bit(form):
     case = Case(batch=2, length=40, hidden_size=40, layers=3, wanted=(0, 2), mode="masked", seq_len=40)
     inputs = case.build(torch.float32)
     with concurrent_programs():
         expected = run_loss(case, inputs, torch.float32, "triton")
-    with concurrent_programs(order=order):
-        assert same(run_loss(case, inputs, torch.float32, "triton"), expected)
+    for order in ("backward", 1, 2, 3):
+        with concurrent_programs(order=order):
+            assert same(run_loss(case, inputs, torch.float32, "triton"), expected), order
 
 
 @pytest.mark.parametrize(("norm", "length"), (("token", 50), ("sequence", 32), ("sequence", 16)))
@@ -284,20 +283,23 @@ def test_wrong_bounds_that_nobody_read(form, bounds, monkeypatch):
     monkeypatch.setattr(launch, "torch_block_rows", lambda state: None)
     case = Case(batch=2, length=19, hidden_size=40, layers=3, wanted=(1, 2), mode="packed", seq_len=24)
     hidden, _, gates, _ = operands(case, case.build(torch.float32))
-    backend = "torch" if form == "torch" else "triton"
 
-    def states(bounds: list[int]) -> torch.Tensor:
+    def states(bounds: list[int], backend: str) -> torch.Tensor:
         where = None, torch.tensor(bounds, dtype=torch.int32), 0
-        with concurrent_programs(), counted_traffic() as traffic:
-            _, aggregates, *saved = ops.aggregate_forward(hidden, *gates, *where, 1e-5, torch.float32, "gates", backend)
-            grads = [None, torch.ones_like(aggregates[-1])]
-            read = None if form == "torch" else aggregates
-            ops.aggregate_backward(grads, hidden, *gates, read, *saved, *where, 1e-5, True, True, backend)
-        assert not any(counts["?"] for kernel in traffic.values() for counts in (kernel.loaded, kernel.stored))
+        _, aggregates, *saved = ops.aggregate_forward(hidden, *gates, *where, 1e-5, torch.float32, "gates", backend)
+        grads = [None, torch.ones_like(aggregates[-1])]
+        read = None if backend == "torch" else aggregates
+        ops.aggregate_backward(grads, hidden, *gates, read, *saved, *where, 1e-5, True, True, backend)
         return aggregates[-1]
 
     wrong, kept, lost = UNREAD_BOUNDS[bounds]
-    with nullcontext() if form == "torch" else launch.forced(choice(*FORMS[form])):
-        right, found = states([0, 10, 34, 38]), states(wrong)
-    assert torch.equal(found[kept], right[kept])
+    right = states([0, 10, 34, 38], "torch")
+    if form == "torch":
+        found = states(wrong, "torch")
+    else:
+        with launch.forced(choice(*FORMS[form])), concurrent_programs(), counted_traffic() as traffic:
+            found = states(wrong, "triton")
+        assert traffic
+        assert not any(counts["?"] for kernel in traffic.values() for counts in (kernel.loaded, kernel.stored))
+    torch.testing.assert_close(found[kept], right[kept], rtol=0, atol=1e-5)  # of values around 1, float32's rounding
     assert found[lost].isnan().all()
