@@ -10,7 +10,7 @@ from lad_fast.glue import TASKS, Task
 
 __all__ = ["model_card"]
 
-_HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+_HUB_METRICS = {"macro_f1": "f1", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _GLUE = "nyu-mll/glue"
 _MOST_CLASSES = 50  # shown; config.json has all
 
@@ -72,7 +72,8 @@ def model_card(
 def _results(task: Task, metrics: Mapping[str, Mapping[str, float]], is_glue: bool) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-classification", metric_type=_HUB_METRICS.get(metric, metric), metric_value=value,
+            task_type="text-classification", metric_type=_HUB_METRICS.get(metric, metric), metric_name=metric,
+            metric_value=value,
             dataset_type=_GLUE if is_glue else task.name, dataset_name=f"GLUE {task.name}" if is_glue else task.name,
             dataset_config=task.name if is_glue else None, dataset_split=split,
         )

@@ -1,6 +1,7 @@
 """The nine GLUE tasks: examples from the hub, Parquet or official TSV files, metrics and submission files."""
 
 import csv
+import functools
 import os
 import re
 import warnings
@@ -23,7 +24,7 @@ __all__ = [
     "write_submission",
 ]
 
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
 
 
 class DataError(ValueError):
@@ -48,8 +49,8 @@ class Task:
         name: lower-case name, also the hub's configuration and the Parquet folder.
         text_columns: the hub's one or two text columns.
         labels: class names by class id; empty for regression.
-        metrics: what :func:`compute_metrics` returns, some of "accuracy", "f1" (of class 1), "matthews",
-            "pearson" and "spearman".
+        metrics: what :func:`compute_metrics` returns, some of "accuracy", "f1" (of class 1), "macro_f1" (the
+            mean over the classes that are there or predicted), "matthews", "pearson" and "spearman".
         best_metric: the one of ``metrics`` that selects the best checkpoint.
         eval_splits: labelled splits to evaluate on.
         test_splits: splits without labels to predict.
@@ -709,10 +710,10 @@ def _check_values(task: Task, name: str, values: np.ndarray) -> None:
         raise ValueError(f"{name}[{bad}] is {values[bad]}; {_label_domain(task)}")
 
 
-def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+def _f1(labels: np.ndarray, predictions: np.ndarray, average: str = "binary") -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels, predictions, zero_division=0.0))
+    return float(f1_score(labels, predictions, average=average, zero_division=0.0))
 
 
 def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -738,6 +739,7 @@ def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
 _METRIC_FUNCTIONS = {
     "accuracy": lambda labels, predictions: float((labels == predictions).mean()),
     "f1": _f1,
+    "macro_f1": functools.partial(_f1, average="macro"),
     "matthews": _matthews,
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),

@@ -91,7 +91,7 @@ def find_task(config: DataConfig, labels: Sequence[str] | None = None) -> Task:
         raise ValueError(f"columns of texts and labels are {(*texts, config.label_column)}; they take different names")
     if labels is None:
         labels = _find_classes(_find_file("train", config.data_dir), config.label_column)
-    metrics = ("accuracy", "f1") if len(labels) == 2 else ("accuracy",)
+    metrics = "accuracy", "f1" if len(labels) == 2 else "macro_f1"
     return CsvTask(
         CSV, texts, tuple(labels),
         metrics=metrics if labels else ("pearson", "spearman"), best_metric=metrics[0] if labels else "pearson",

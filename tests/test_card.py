@@ -44,7 +44,8 @@ def test_the_card_is_what_the_hub_reads(run, which):
     assert {"lad_fast", "knowledge-distillation"} <= set(data.tags)
     assert data.model_name == "my_student" and data.base_model is None
     (result,) = data.eval_results
-    assert (result.dataset_config, result.dataset_split, result.metric_type) == ("rte", "validation", "accuracy")
+    assert (result.dataset_config, result.dataset_split) == ("rte", "validation")
+    assert (result.metric_type, result.metric_name) == ("accuracy", "accuracy")
     assert result.metric_value == state["metrics"]["validation"]["accuracy"]
     for line in (
         f"After step {state['step']}, epoch {state['epoch']}.",

@@ -386,7 +386,7 @@ def test_bad_examples(arguments, message):
     ("arguments", "message"),
     [
         ({"text_columns": ()}, "text_columns"),
-        ({"metrics": ("recall",)}, "metrics is .*'recall'.*accuracy, f1, matthews"),
+        ({"metrics": ("recall",)}, "metrics is .*'recall'.*accuracy, f1, macro_f1, matthews"),
         ({"best_metric": "f1"}, "best_metric 'f1'"),
         ({"labels": ()}, "one of the two"),
         ({"label_range": (0, 1)}, "one of the two"),

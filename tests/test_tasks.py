@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lad_fast.cli import main
 from lad_fast.demo import build_tokenizer
-from lad_fast.glue import DataError, load_split
+from lad_fast.glue import DataError, compute_metrics, load_split
 from lad_fast.models import load_classifier, save_checkpoint
 from lad_fast.tasks import CsvTask, DataConfig, find_task
 
@@ -97,10 +97,15 @@ def test_columns_by_any_name_in_any_order(tmp_path):
     assert (examples.task.labels, examples.labels.tolist()) == (("9", "10"), [1, 0, 1])  # by number, not as texts
 
 
-def test_more_classes_are_scored_by_accuracy(tmp_path):
+def test_more_classes_are_scored_by_accuracy_and_macro_f1(tmp_path):
     write(tmp_path, "train", [("a", "x"), ("b", "y"), ("c", "10"), ("d", "9")])
     task = find_task(config(tmp_path))
-    assert (task.labels, task.metrics) == (("10", "9", "x", "y"), ("accuracy",))
+    assert (task.labels, task.metrics, task.best_metric) == (
+        ("10", "9", "x", "y"), ("accuracy", "macro_f1"), "accuracy"
+    )  # fmt: skip
+    # F1 of class 0 is 1, of class 1 2/3, of class 2 0; class 3 is neither there nor predicted.
+    found = compute_metrics(task, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]))
+    assert found == pytest.approx({"accuracy": 3 / 4, "macro_f1": (1 + 2 / 3 + 0) / 3})
 
 
 def test_regression_takes_any_score(tmp_path):
