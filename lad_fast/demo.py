@@ -27,7 +27,7 @@ import lad_fast
 from lad_fast.data import Batches, TokenizedSplit, tokenize
 from lad_fast.glue import Examples, Task
 from lad_fast.models import build_student
-from lad_fast.report import Measurement, comparison_figure, comparison_table
+from lad_fast.report import Measurement, comparison_figure, comparison_table, report
 from lad_fast.training import DistillConfig, FinetuneConfig, TrainingResult, distill, evaluate, finetune
 
 TASK = Task("demo", ("sentence",), labels=("unkind", "kind"), test_splits=())
@@ -56,7 +56,7 @@ class DemoConfig:
     """Train a small teacher on a task made here and distil it three ways: no network, about three minutes."""
 
     output_dir: Path = Path("runs/demo")
-    """Folder for results.json, comparison.png and the checkpoints."""
+    """Folder for results.json, comparison.png, report.html and the runs themselves."""
     teacher_steps: int = 1200
     """Training steps of the teacher, 32 sentences each."""
     student_steps: int = 400
@@ -177,8 +177,8 @@ def build_teacher(tokenizer: BertTokenizer, seed: int) -> BertForSequenceClassif
 def demo(config: DemoConfig) -> list[Measurement]:
     """Makes the task, trains a teacher, distils it three ways from one start, and compares the four models.
 
-    Prints a table; writes results.json, comparison.png (where matplotlib is installed) and a folder of checkpoints
-    for each model into ``config.output_dir``.
+    Prints a table; writes results.json, a run's folder for each model and, where matplotlib is installed,
+    comparison.png and report.html about the students into ``config.output_dir``.
 
     Args:
         config: Where to write, and how long to train.
@@ -277,6 +277,8 @@ def _write(config: DemoConfig, measurements: list[Measurement], seconds: float) 
     written = [path]
     try:
         written.append(comparison_figure(measurements, config.output_dir / "comparison.png"))
+        runs = [config.output_dir / f"student-{method}" for method in METHODS]
+        written.append(report(runs, config.output_dir / "report.html"))
     except ImportError as error:
         print(f"no figure: {error}")
     print(f"{seconds:.0f} s in all; written: {', '.join(map(str, written))}")

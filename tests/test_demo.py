@@ -172,6 +172,8 @@ def test_demo_from_end_to_end(tmp_path, capsys):
     assert [model["score"] for model in results["models"]] == [m.score for m in measurements]
     assert results["config"]["student_steps"] == 2
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert all(f"student-{method}" in page for method in ("none", "logits", "lad"))
     assert (tmp_path / "student-lad/last/gates.safetensors").is_file()
     model, _ = load_classifier(tmp_path / "student-lad/best", TASK, fine_tuned=True)
     assert model.config.num_hidden_layers == 3
