@@ -433,9 +433,14 @@ def table(content: dict) -> str:
     if not any(final_scores(content, task, TEACHER) for task in tasks):
         tuned = ", ".join(TITLES[task] for task in dict.fromkeys(row["task"] for row in content["runs"]))
         return f"Begun: {len(content['runs'])} runs of tuning on {tuned}; no score on a validation split yet."
-    places = {(row["machine"], row["threads"], row["versions"]["torch"]) for row in content["runs"]}
+    places = {}
+    for row in content["runs"]:
+        places.setdefault((row["machine"], row["versions"]["torch"]), set()).add(row["threads"])
     commits = ", ".join(dict.fromkeys(row["commit"] for row in content["runs"]))
-    where = "; ".join(f"{machine}, {threads} threads, torch {torch}" for machine, threads, torch in sorted(places))
+    where = "; ".join(
+        f"{machine}, on {' or '.join(map(str, sorted(threads)))} thread{'s' if threads != {1} else ''}, torch {torch}"
+        for (machine, torch), threads in sorted(places.items())
+    )
     absent = missing(content)
     lines = [
         f"Measured on {where}, commit {commits}. Points on the validation split, mean ± standard error over seeds; "
