@@ -30,10 +30,11 @@ def model_card(
         task: what it was trained on.
         state: "step", "epoch" and "metrics" by evaluation split, as training.json has them.
         settings: of the run, by name.
-        sources: models it came from by role, "teacher" or "model"; of a local folder only the name is told.
+        sources: models it came from by role, "teacher" or "model", "" where they have no name; of a local folder only
+            the name is told.
         versions: of libraries.
     """
-    shown = {role: _public_name(source) for role, source in sources.items()}
+    shown = {role: _public_name(source) for role, source in sources.items() if source}
     metrics = state["metrics"]
     is_glue = TASKS.get(task.name) == task
     data = ModelCardData(
@@ -51,14 +52,15 @@ def model_card(
         more = ", …" if task.num_labels > _MOST_CLASSES else ""
         what = f"tells the {task.num_labels} classes of task {task.name}: "
         what += ", ".join(map(_plain, task.labels[:_MOST_CLASSES])) + more
-    how = "Fine-tuned from"
+    how = "Fine-tuned", "from"
     if "teacher" in sources:
-        how = "Trained on labels alone as a student of" if settings["method"] == "none" else "Distilled from"
+        how = ("Trained on labels alone", "as a student of") if settings["method"] == "none" else ("Distilled", "from")
+    origin = f"{how[0]} {how[1]} {_plain(' and '.join(shown.values()))}" if shown else how[0]
     example = '"a text"' if len(task.text_columns) == 1 else '{"text": "a text", "text_pair": "and its second"}'
     scores = [(split, name, f"{value:.4f}") for split, values in metrics.items() for name, value in values.items()]
     parts = [
         f"# {_plain(name)}",
-        f"A text classifier that {what}. {how} {_plain(' and '.join(shown.values()))} by lad_fast.",
+        f"A text classifier that {what}. {origin} by lad_fast.",
         f'```python\nfrom transformers import pipeline\n\nclassify = pipeline("text-classification", model="PATH")\n'
         f"classify({example})\n```",
         f"## Scores\n\nAfter step {state['step']}, epoch {state['epoch']}.\n\n"
@@ -84,9 +86,10 @@ def _results(task: Task, metrics: Mapping[str, Mapping[str, float]], is_glue: bo
 
 def _public_name(source: str) -> str:
     """A hub's name as it is; of a folder, which is nobody else's, its name without what lies above."""
-    if not Path(source).exists() and not Path(source).is_absolute():
+    path = Path(source).expanduser()
+    if not path.exists() and not path.is_absolute():
         return str(source)
-    path = Path(source).resolve()
+    path = path.resolve()
     return path.parent.name if path.name in ("best", "last") else path.name
 
 

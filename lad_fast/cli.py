@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Union
 
 import torch
 import tyro
+from transformers import PreTrainedModel
 
 from lad_fast import distributed, training, tuning
 from lad_fast.checkpoint import Interrupted
@@ -21,9 +22,18 @@ from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
 from lad_fast.doctor import doctor
 from lad_fast.export import export_onnx
-from lad_fast.glue import Task, load_split, write_submission
+from lad_fast.glue import DataError, Task, check_metrics, load_split, write_submission
 from lad_fast.kernels.launch import cache_file, why_not_triton
-from lad_fast.models import class_names, load_classifier, load_tokenizer, save_checkpoint
+from lad_fast.models import (
+    check_max_length,
+    check_new_folder,
+    class_names,
+    has_labels,
+    load_classifier,
+    load_tokenizer,
+    most_tokens,
+    save_checkpoint,
+)
 from lad_fast.published import load_published
 from lad_fast.replay import replay
 from lad_fast.report import format_table, report
@@ -55,6 +65,9 @@ class InferenceConfig(DataConfig):
 
     model: str
     """Fine-tuned classifier: a save_pretrained folder or a name on the Hugging Face hub."""
+    max_length: int | None = None
+    """Tokens an example keeps, special ones included; None takes as many as in training, or 128 where that is not
+    known."""
     batch_size: int = 64
     """Examples a batch."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -85,7 +98,7 @@ class ImportCommand:
     directory: tyro.conf.Positional[Path]
     """The folder with config.json, model-STEP.pt and, of a student, gate_config.json and gate-I-STEP.pt."""
     output_dir: Path
-    """Where to."""
+    """New folder for it."""
     step: int | None = None
     """Of the model; None takes the last."""
     reverse: bool = False
@@ -156,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 for something broken (doctor, training whose numbers are not finite, or a replay that does
-        not come to what the run came to); 2 for wrong input or a disk that takes no more; 128 + the signal's number
-        (130, 143) for a run that SIGINT or SIGTERM stopped. But for doctor's, one line on stderr says more.
+        not come to what the run came to); 2 for wrong input, or memory or a disk without room; 128 + the signal's
+        number (130, 143) for a run that SIGINT or SIGTERM stopped. But for doctor's, one line on stderr says more.
     """
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -169,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(command)
     except (ValueError, TypeError, ImportError, OSError) as error:
         _tell(f"error: {' '.join(str(error).split())}")
+        return 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = " ".join(str(error).split()) or "out of memory"
+        _tell(f"error: {text[:300]}; a smaller --batch-size or --max-length takes less")
         return 2
     except FloatingPointError as error:
         _tell(f"error: {error}")
@@ -205,7 +222,8 @@ def parse(argv: Sequence[str]):
 
 def _recipe_defaults(kind: type, argv: Sequence[str]) -> dict:
     """The default that ``--recipe`` among the arguments gives a subcommand, as a keyword of tyro's."""
-    if kind not in (FinetuneCommand, DistillCommand) or not any(word.startswith("--recipe") for word in argv):
+    given = {word.split("=")[0].replace("_", "-") for word in argv}
+    if kind not in (FinetuneCommand, DistillCommand) or "--recipe" not in given or given & {"-h", "--help"}:
         return {}
 
     @dataclass
@@ -219,6 +237,8 @@ def _recipe_defaults(kind: type, argv: Sequence[str]) -> dict:
     if not choice.task:
         raise CommandLineError("task is missing; --recipe takes --task too")
     settings = training.recipe(choice.task, COMMANDS[kind].name)
+    if given & {"--epochs", "--batch-size", "--gradient-accumulation-steps"}:
+        settings["max_steps"] = None  # the paper's number of steps is that of its epochs and batches
     required = {f.name: tyro.MISSING for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     return {"default": kind(**(required | settings))}
 
@@ -264,6 +284,7 @@ def run_training(train: Callable[..., TrainingResult], config: FinetuneConfig | 
 
 def run_evaluate(config: EvaluateCommand) -> int:
     task, predict = _load(config)
+    check_metrics(task)
     metrics = {split: predict(split).metrics for split in task.eval_splits}
     print(format_table(("split", "metric", "score"), _metric_rows(metrics)))
     print(json.dumps({"model": config.model, "task": task.name, "metrics": metrics}))
@@ -281,6 +302,7 @@ def run_predict(config: PredictCommand) -> int:
 
 def run_import(config: ImportCommand) -> int:
     """The exit code; see :func:`lad_fast.published.load_published`."""
+    check_new_folder(config.output_dir)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     found = load_published(config.directory, config.step, reverse=config.reverse)
     if tokenizer is not None and len(tokenizer) > found.model.config.vocab_size:
@@ -338,15 +360,51 @@ def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
     device = training._pick_device(config.device)
     model, tokenizer = load_classifier(config.model, task, fine_tuned=True)
     if task is None:
-        task = find_task(config, class_names(model))
+        task = _find_csv_task(config, model)
+    if (max_length := config.max_length) is None:
+        most = min(DataConfig.max_length, most_tokens(model), tokenizer.model_max_length)
+        max_length = _trained_length(config.model) or most
+    check_max_length(model, max_length)
 
     def predict(split: str) -> Evaluation:
         examples = load_split(task, split, config.data_dir)
-        tokens = tokenize(examples, tokenizer, config.max_length, config.cache_dir)
-        batches = Batches(tokens, config.batch_size, tokenizer.pad_token_id, shuffle=False)
+        tokens = tokenize(examples, tokenizer, max_length, config.cache_dir)
+        batches = Batches(tokens, config.batch_size, tokenizer.pad_token_id, shuffle=False, max_length=max_length)
         return training.evaluate(model, batches, task, device, config.precision)
 
     return task, predict
+
+
+def _find_csv_task(config: InferenceConfig, model: PreTrainedModel) -> Task:
+    """With the model's classes; in the spelling of train.csv where that is there and has the same, as in training."""
+    names = class_names(model)
+    if names:
+        try:
+            task = find_task(config)
+        except DataError:  # no train.csv, which predictions do without
+            pass
+        else:
+            if has_labels(model.config, task):
+                return task
+    return find_task(config, names)
+
+
+def _trained_length(model: str) -> int | None:
+    """Tokens an example kept in training; None where training.json does not tell.
+
+    Raises:
+        ValueError: training.json is damaged.
+    """
+    path = Path(model).expanduser() / "training.json"
+    if not path.is_file():
+        return None
+    try:
+        length = json.loads(path.read_text("utf-8")).get("max_length")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); it takes what training left there") from error
+    if length is not None and type(length) is not int:
+        raise ValueError(f"{path}: max_length is {str(length)[:100]}; it takes a number of tokens")
+    return length
 
 
 def _metric_rows(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:

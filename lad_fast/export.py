@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lad_fast.models import load_classifier
+from lad_fast.models import check_new_folder, load_classifier
 
 __all__ = ["export_onnx"]
 
@@ -47,8 +47,7 @@ def export_onnx(name_or_path: str | Path, output_dir: str | Path, int8: bool = F
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'lad_fast[onnx]'") from error
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"output_dir is {output_dir}, which is there; it takes a new or an empty folder")
+    check_new_folder(output_dir)
     model, tokenizer = load_classifier(name_or_path, None, fine_tuned=True)
     logits = _Logits(model, tokenizer.model_input_names).eval()
     output_dir.parent.mkdir(parents=True, exist_ok=True)

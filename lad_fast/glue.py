@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import os
 import re
 import warnings
@@ -693,6 +694,18 @@ def compute_metrics(task: str | Task, predictions: np.ndarray, labels: np.ndarra
     for name, values in (("predictions", predictions), ("labels", labels)):
         _check_values(task, name, values)
     return {name: _METRIC_FUNCTIONS[name](labels, predictions) for name in task.metrics}
+
+
+def check_metrics(task: Task) -> None:
+    """Raises an ImportError where what the task's metrics need is not installed, before anything is computed."""
+    needed = {"f1": "sklearn", "macro_f1": "sklearn", "matthews": "sklearn", "pearson": "scipy", "spearman": "scipy"}
+    for name in dict.fromkeys(needed[metric] for metric in task.metrics if metric in needed):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"the scores {', '.join(task.metrics)} take {name}: pip install 'lad_fast[glue]' ({error})"
+            ) from error
 
 
 def confusion_matrix(task: Task, predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

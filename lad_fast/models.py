@@ -21,7 +21,7 @@ from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
 from lad_fast.gates import check_inside
 from lad_fast.glue import Task, brief
-from lad_fast.packed import ATTENTION, Packing, first_position, pooled_logits
+from lad_fast.packed import ATTENTION, Packing, can_pack, first_position, pooled_logits
 
 __all__ = ["build_student", "load_classifier", "model_inputs", "quiet", "run_model", "save_checkpoint"]
 
@@ -101,13 +101,12 @@ def load_tokenizer(name_or_path: str | Path):
     Raises:
         ValueError: none loadable there; also a folder as :func:`load_classifier` refuses it.
     """
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         _check_folder(name_or_path, folder)
+    source = str(folder if folder.is_dir() else name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(
-            str(name_or_path), local_files_only=folder.is_dir(), trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source, local_files_only=folder.is_dir(), trust_remote_code=False)
     except Exception as error:  # a broken folder raises anything from OSError to a Rust panic's
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
         raise ValueError(f"tokenizer {name_or_path} could not be loaded: {reason}") from error
@@ -161,7 +160,8 @@ def _check_folder(name_or_path, folder: Path) -> None:
             raise ValueError(f"model {name_or_path}: {str(error).removeprefix(f'{folder}/')}") from error
     if (folder / "adapter_config.json").exists():  # where peft is installed, it names another model to load
         raise ValueError(f"model {name_or_path} has an adapter_config.json; it takes a whole model")
-    for name, value in _entries(name_or_path, folder / "config.json"):
+    config = folder / "config.json"  # a folder may be a tokenizer's alone
+    for name, value in _entries(name_or_path, config) if os.path.lexists(config) else ():
         where, key = f"model {name_or_path}: config.json: {name}", name.rpartition(".")[2]
         for pattern, kinds, least, most in _ENTRIES:
             if value is None or name.startswith("label2id.") or not re.fullmatch(pattern, key):
@@ -282,6 +282,15 @@ def class_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
 
 
+def has_labels(config, task: Task) -> bool:
+    """Whether a configuration's classes are the task's, in its order: unnamed, or by names that differ in spelling."""
+    try:
+        _check_labels("", config, task)
+    except _LabelError:
+        return False
+    return True
+
+
 def set_labels(config, task: Task) -> None:
     config.id2label = dict(enumerate(task.labels or ("score",)))
     config.label2id = {name: i for i, name in config.id2label.items()}
@@ -353,10 +362,10 @@ def build_student(
             raise ValueError(f"pretrained has {len(source_layers)} layers; the teacher has {total}")
         pooler, source_pooler = (getattr(model.base_model, "pooler", None) for model in (student, pretrained))
         if pooler is not None and source_pooler is not None:
-            _copy("pooler", source_pooler, pooler)
+            _copy("pretrained's pooler", source_pooler, pooler)
     if init != "random":
         for target, source in zip(student_layers, layer_map, strict=True):
-            _copy(f"layer {source}", source_layers[source], target)
+            _copy(f"{'teacher' if init == 'teacher' else 'pretrained'}'s layer {source}", source_layers[source], target)
     return student.to(teacher.device)
 
 
@@ -365,7 +374,18 @@ def _copy(name: str, source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict(source.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"pretrained does not fit the teacher: {name}: {reason}") from error
+        raise ValueError(f"{name} does not fit the student's: {reason}") from error
+
+
+def most_tokens(model: PreTrainedModel) -> float:
+    """Of an example: as many as the model has positions; infinity where its configuration does not tell."""
+    return getattr(model.config, "max_position_embeddings", math.inf) - first_position(model)
+
+
+def check_max_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raises a ValueError for examples of more tokens than the model takes."""
+    if max_length > (most := most_tokens(model)):
+        raise ValueError(f"max_length is {max_length}; this model takes at most {most} tokens")
 
 
 def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -391,9 +411,11 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
     if batch["attention_mask"].all():
         return inputs, None
     mask = batch["attention_mask"].to(**move)
-    # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one.
+    # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one. But others
+    # than these make more of a mask than that: ModernBERT cuts windows from it, and a pooling weighs by it.
+    is_all = can_pack(model) or model.config.model_type in ("albert", "distilbert")
     is_sdpa = model.config._attn_implementation in ("sdpa", ATTENTION)
-    inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_sdpa else mask
+    inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_all and is_sdpa else mask
     return inputs, mask
 
 
@@ -438,6 +460,12 @@ def run_model(
             "the embeddings' and one a layer"
         )
     return logits, states[1:] if packing is None else tuple(state[0] for state in states[1:])
+
+
+def check_new_folder(output_dir: Path) -> None:
+    """Raises a ValueError where something is in the way of a folder that is to be made."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output_dir is {output_dir}, which is there; it takes a new or an empty folder")
 
 
 def save_checkpoint(

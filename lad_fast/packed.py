@@ -106,7 +106,7 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 def first_position(model: PreTrainedModel) -> int:
     """The position id of an example's first token: RoBERTa and its kin count from behind the padding id."""
-    embeddings = model.base_model.embeddings
+    embeddings = getattr(model.base_model, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 

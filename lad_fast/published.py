@@ -113,15 +113,15 @@ def _load_model(directory: Path, name: str, settings: dict, task: Task) -> BertF
         },
     )  # fmt: skip
     set_labels(config, task)
-    if order := _CLASSES.get(task.name):
-        for key in ("classifier.weight", "classifier.bias"):
-            state[key] = state[key][[order.index(label) for label in task.labels]]
     model = BertForSequenceClassification(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is no BERT classifier of {task.num_labels} classes: {reason}") from error
+    if order := _CLASSES.get(task.name):
+        for parameter in model.classifier.parameters():
+            parameter.data = parameter.data[[order.index(label) for label in task.labels]]
     return model
 
 

@@ -32,7 +32,7 @@ class DataConfig:
     """Of csv: the column of second texts, where an example has two."""
     label_column: str = "label"
     """Of csv: the column of labels. The classes are the distinct ones of train.csv, in order; after training, those
-    that the model names."""
+    that the model names, in the spelling of train.csv where that has the same."""
     data_dir: Path | None = None
     """Folder with CSV files, or GLUE as Parquet files or official TSV files; None takes GLUE from the Hugging Face
     hub."""

@@ -42,8 +42,16 @@ from lad_fast.checkpoint import (
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
-from lad_fast.glue import Task, compute_metrics, confusion_matrix, load_split, predictions_from_logits
-from lad_fast.models import build_student, load_classifier, model_inputs, quiet, run_model, save_checkpoint
+from lad_fast.glue import Task, check_metrics, compute_metrics, confusion_matrix, load_split, predictions_from_logits
+from lad_fast.models import (
+    build_student,
+    check_max_length,
+    load_classifier,
+    model_inputs,
+    quiet,
+    run_model,
+    save_checkpoint,
+)
 from lad_fast.packed import can_pack, enable_packing
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.strategies import STRATEGIES
@@ -239,7 +247,7 @@ def finetune(
         FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
-    task = task or find_task(config, () if config.regression else None)
+    task = _find_task(config, task, evaluation)
     if model is None:
         model, tokenizer = current_world().in_turn(load_classifier, config.model, task)
     _check_classes("model", model, task)
@@ -282,7 +290,7 @@ def distill(
         FloatingPointError: losses or gradients are not finite; names the step, the examples, the parts and a dump.
     """
     device = _start(config)
-    task = task or find_task(config, () if config.regression else None)
+    task = _find_task(config, task, evaluation)
     if teacher is None:
         teacher, tokenizer = current_world().in_turn(partial(load_classifier, fine_tuned=True), config.teacher, task)
     _check_classes("teacher", teacher, task)
@@ -404,6 +412,8 @@ def _start(config: TrainingConfig) -> torch.device:
         value = getattr(config, name, None)
         if known and value not in known:
             raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(known)}")
+    if getattr(config, "normalize_states", False) is True and config.method not in ("skip", "last"):
+        raise ValueError(f"normalize_states is True; it goes with method skip or last, not {config.method}")
     current_world().first(TRACKERS[config.log].check)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -414,6 +424,14 @@ def _start(config: TrainingConfig) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def _find_task(config: TrainingConfig, task: Task | None, evaluation: dict | None) -> Task:
+    """The task passed or named, once its scores can be computed where any will be."""
+    task = task or find_task(config, () if config.regression else None)
+    if evaluation != {}:
+        check_metrics(task)
+    return task
 
 
 def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedModel) -> TrainingConfig:
@@ -471,9 +489,7 @@ def _load_batches(
     device: torch.device,
 ) -> tuple[Batches, dict[str, Batches]]:
     """Batches for training and, by split name, for evaluation, of data passed or named by ``config``."""
-    positions = getattr(model.config, "max_position_embeddings", config.max_length)
-    if config.max_length > positions:
-        raise ValueError(f"max_length is {config.max_length}; this model takes at most {positions} tokens")
+    check_max_length(model, config.max_length)
     if tokenizer is None and (train is None or evaluation is None):
         raise ValueError("tokenizer is None; a model passed without tokenised data takes its tokenizer too")
 
@@ -603,7 +619,7 @@ def _run(
                 log.write_metrics(state | told)
                 sources = {role: getattr(config, role) for role in ("teacher", "model") if hasattr(config, role)}
                 card = model_card(output_dir.name, task, state, run["settings"], sources, VERSIONS)
-                saved = step.student, tokenizer, step.gates, state, card
+                saved = step.student, tokenizer, step.gates, state | {"max_length": config.max_length}, card
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:

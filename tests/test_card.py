@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,13 +97,22 @@ def test_texts_stay_texts():
         ("google-bert/bert-base-uncased", "google-bert/bert-base-uncased", ["google-bert/bert-base-uncased"]),
         ("bert", "bert", None),
         ("/home/me/secret/teacher", "teacher", None),
+        ("~/secret/teacher/best", "teacher", None),
         ("made by the demo", "made by the demo", None),
     ],
 )
-def test_folders_of_ones_own_are_told_by_name(source, told, base):
+def test_folders_of_ones_own_are_told_by_name(source, told, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "secret/teacher/best").mkdir(parents=True)
     card = card_of(get_task("rte"), sources={"teacher": source})
     assert f"Distilled from {told} by" in card.text
     assert card.data.base_model == base and "secret" not in card.content
+
+
+def test_a_teacher_without_a_name_is_not_the_folder_one_is_in():
+    card = card_of(get_task("rte"), sources={"teacher": ""})
+    assert "Distilled by lad_fast." in card.text and Path.cwd().name not in card.content
+    assert card.data.base_model is None and "knowledge-distillation" in card.data.tags
 
 
 def test_what_is_not_known_is_left_out():

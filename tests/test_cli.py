@@ -196,6 +196,17 @@ def test_help(command, words, capsys):
         assert word in out
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), MemoryError()])
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys, error):
+    def raises(config):
+        raise error
+
+    monkeypatch.setattr("lad_fast.cli.demo", raises)
+    assert main(["demo"]) == 2
+    told = capsys.readouterr().err
+    assert "out of memory" in told.lower() and "--batch-size" in told and told.count("\n") == 1
+
+
 def test_recipe_gives_defaults_that_flags_override():
     argv = ["distill", "--task", "mrpc", "--teacher", "t", "--output-dir", "o", "--recipe", "paper"]
     plain, config = parse(argv[:-2]), parse([*argv, "--epochs", "2", "--no-reverse"])
@@ -204,6 +215,10 @@ def test_recipe_gives_defaults_that_flags_override():
     assert (config.padding, config.mask_padding, config.student_init) == ("max_length", False, "published")
     assert config.epochs == 2
     assert (plain.epochs, plain.padding, plain.mask_padding) == (10, "auto", True)
+
+    assert config.max_steps is None and parse(argv).max_steps == 2292  # its steps are those of its epochs
+    assert parse([*argv, "--batch_size=16"]).max_steps is None
+    assert parse([*argv, "--epochs", "20", "--max-steps", "9"]).max_steps == 9
 
     teacher = parse(["finetune", "--recipe=paper", "--task=sst2", "--output-dir=o", "--learning-rate", "1e-3"])
     assert isinstance(teacher, FinetuneCommand)

@@ -15,13 +15,15 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from lad_fast import GateStack
 from lad_fast.glue import get_task
-from lad_fast.models import build_student, load_classifier, model_inputs, save_checkpoint
+from lad_fast.models import build_student, check_max_length, load_classifier, model_inputs, save_checkpoint
 
 RTE, MNLI, STSB = get_task("rte"), get_task("mnli"), get_task("stsb")
 SIZES = {"vocab_size": 24, "max_position_embeddings": 20}
@@ -142,7 +144,7 @@ def test_wrong_students_are_named(arguments, message):
 
 def test_pretrained_of_another_width_is_named():
     sizes = BERT_SIZES | {"intermediate_size": 40, "num_hidden_layers": 4}
-    with pytest.raises(ValueError, match=r"pretrained does not fit the teacher: layer 1: size mismatch"):
+    with pytest.raises(ValueError, match=r"pretrained's layer 1 does not fit the student's: size mismatch"):
         build_student(bert(), 2, "published", pretrained=BertModel(BertConfig(**sizes)))
 
 
@@ -167,6 +169,35 @@ def test_model_inputs_hide_padding(family, attention):
     assert mask is None
     assert "attention_mask" not in inputs
     torch.testing.assert_close(model(**inputs).logits, expected[1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_model_that_cuts_windows_and_pools_by_the_mask_gets_it_as_it_is(pooling):
+    config = ModernBertConfig(
+        **BERT_SIZES, num_hidden_layers=2, local_attention=4, global_attn_every_n_layers=2, classifier_pooling=pooling,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, attention_dropout=0.0,
+        num_labels=2,
+    )  # fmt: skip
+    model = ModernBertForSequenceClassification(config).eval()
+    assert model.config._attn_implementation == "sdpa"
+    padded = batch((16, 5))
+    inputs, _ = model_inputs(model, padded)
+    torch.testing.assert_close(model(**inputs).logits, model(**padded).logits, rtol=0, atol=0)
+    alone, _ = model_inputs(model, {name: value[:1] for name, value in padded.items()})
+    torch.testing.assert_close(model(**alone).logits, model(**inputs).logits[:1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"teacher's layer 1 does not fit the student's: "):
+        build_student(model, 1)  # its first layer lacks the norm that the others have
+
+
+@pytest.mark.parametrize(("family", "most"), [("bert", 20), ("roberta", 18), ("distilbert", 20)])
+def test_as_many_tokens_as_positions(family, most):
+    """RoBERTa's first two positions are none."""
+    model = FAMILIES[family]().eval()
+    check_max_length(model, most)
+    ids = torch.full((1, most), 5)
+    assert model(input_ids=ids).logits.isfinite().all()
+    with pytest.raises(ValueError, match=f"max_length is {most + 1}; this model takes at most {most} tokens"):
+        check_max_length(model, most + 1)
 
 
 def test_checkpoint_comes_back_and_is_replaced_whole(tmp_path, tokenizer):

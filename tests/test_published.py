@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from golden import Golden
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lad_fast import GateStack, LADObjective
 from lad_fast.cli import main
+from lad_fast.demo import build_tokenizer
 from lad_fast.published import load_published
 
 STEP = 20
@@ -102,6 +103,26 @@ def test_the_command_writes_what_transformers_loads(tmp_path, recorded, capsys):
     assert (state["task"], state["step"], state["published"]["d_model"]) == (task, STEP, golden.meta["d"])
 
 
+def test_a_folder_in_use_is_left_alone(tmp_path, shared, capsys):
+    theirs, used = tmp_path / "theirs", tmp_path / "used"
+    write(theirs, "rte", Golden(shared / "golden/rte_l12_k6.npz"), "final")
+    (used / "other_run").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (used, theirs):
+        assert main(["import", str(theirs), "--output-dir", str(folder)]) == 2
+        assert "it takes a new or an empty folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_from_a_folder_of_its_own(tmp_path, shared, capsys):
+    golden = Golden(shared / "golden/rte_l12_k6.npz")
+    write(tmp_path / "theirs", "rte", golden, "final")
+    build_tokenizer(["one word or two"]).save_pretrained(tmp_path / "tokenizer")
+    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--output-dir", str(tmp_path / "ours")]
+    assert main(["import", str(tmp_path / "theirs"), *flags]) == 0, capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").tokenize("two") == ["two"]
+
+
 def test_a_folder_without_gates_is_a_model_alone(tmp_path, recorded):
     task, golden = recorded
     write(tmp_path, task, golden, "final", with_gates=False)
@@ -126,6 +147,9 @@ def spoil(folder, how: str) -> None:
         model.symlink_to(folder.parent / "elsewhere.pt")
     elif how == "lacking":
         del state["encoder.pooler.dense.weight"]
+        torch.save(state, model)
+    elif how == "no head":
+        del state["linear_layer.weight"], state["linear_layer.bias"]
         torch.save(state, model)
     elif how == "empty":
         torch.save({}, model)
@@ -154,6 +178,7 @@ def spoil(folder, how: str) -> None:
     ("how", "message"),
     {
         "pickle": "tensors alone", "link": "leads out of the folder", "lacking": "pooler.dense.weight",
+        "no head": "no BERT classifier of 2 classes",
         "empty": "has no matrix", "nan": "not finite", "claims": "d_model is 768; the tensors are of",
         "heads": "num_attention_heads is 7", "task": "task is 'boolq'", "json": "is no JSON", "gates": "dimension is 9",
         "gate": "missing gate-4-20.pt", "no config": "no config.json", "no model": "no model-STEP.pt",

@@ -275,6 +275,7 @@ def test_normalised_states_make_another_loss(tmp_path):
     [
         ({"method": "first"}, "method is 'first'; it takes one of lad, skip, last, attention, logits, none"),
         ({"method": "attention", "hidden_weight": -1.0}, "hidden_weight is -1.0; it takes a number of at least 0"),
+        ({"normalize_states": True}, "normalize_states is True; it goes with method skip or last, not lad"),
         ({"method": "skip", "normalize_states": "yes"}, "normalize_states is 'yes'; it takes True or False"),
     ],
 )

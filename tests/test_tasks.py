@@ -4,13 +4,16 @@ import csv
 import json
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from lad_fast import cli
 from lad_fast.cli import main
+from lad_fast.data import tokenize
 from lad_fast.demo import build_tokenizer
 from lad_fast.glue import DataError, compute_metrics, load_split
 from lad_fast.models import load_classifier, save_checkpoint
@@ -228,6 +231,54 @@ def test_from_csv_to_student_to_predictions(data, pretrained, tmp_path, capsys):
     assert header == ["index", "prediction"]
     assert [index for index, _ in rows] == [str(i) for i in range(len(ROWS))]
     assert all(PREDICTED.fullmatch(name) for _, name in rows)
+
+
+@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1"), ("Bad", "GOOD_REALLY"), ("bad", "good, really")])
+def test_a_classifier_from_elsewhere_is_scored_as_it_may_teach(data, pretrained, tmp_path, capsys, names):
+    """By the spelling of train.csv, where the classes are the same."""
+    model, tokenizer = load_classifier(pretrained, find_task(config(data)))
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    save_checkpoint(tmp_path / "theirs", model, tokenizer)
+    assert train("distill", data, tmp_path / "student", "--teacher", tmp_path / "theirs", "--student-layers", 1) == 0
+    assert run("evaluate", data, "--model", tmp_path / "theirs") == 0, capsys.readouterr().err
+    assert run("predict", data, "--model", tmp_path / "theirs", "--output-dir", tmp_path / "out") == 0
+    with (tmp_path / "out/predictions.csv").open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    assert {name for _, name in rows} <= {"bad", "good, really"}
+
+
+def test_scores_are_of_texts_as_long_as_in_training(data, pretrained, tmp_path, capsys, monkeypatch):
+    assert train("finetune", data, tmp_path / "run", "--model", pretrained) == 0  # --max-length 16
+    lengths = []
+    monkeypatch.setattr(cli, "tokenize", lambda *rest: lengths.append(rest[2]) or tokenize(*rest))
+    best = tmp_path / "run/best"
+    flags = ["--task", "csv", *COLUMNS, "--data-dir", str(data), "--device", "cpu", "--model"]
+    assert main(["evaluate", *flags, str(best)]) == 0
+    assert main(["evaluate", *flags, str(best), "--max-length", "12"]) == 0
+    (best / "training.json").unlink()
+    assert main(["evaluate", *flags, str(best)]) == 0
+    assert lengths == [16, 12, 32]  # the last: what the model takes
+    capsys.readouterr()
+    for content, told in (
+        ("{", "is damaged"),
+        ('{"max_length": "x"}', "max_length is x"),
+        ('{"max_length": 33}', "33"),
+    ):
+        (best / "training.json").write_text(content)
+        assert main(["evaluate", *flags, str(best)]) == 2
+        err = capsys.readouterr().err
+        assert told in err and err.count("\n") == 1, err
+
+
+def test_scores_that_cannot_be_computed_are_told_before_anything_else(data, pretrained, tmp_path, capsys, monkeypatch):
+    assert train("finetune", data, tmp_path / "run", "--model", pretrained) == 0
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    capsys.readouterr()
+    assert run("evaluate", data, "--model", tmp_path / "run/best") == 2
+    assert train("finetune", data, tmp_path / "another", "--model", pretrained) == 2
+    told = "the scores accuracy, f1 take sklearn: pip install 'lad_fast[glue]'"
+    assert [told in line for line in capsys.readouterr().err.splitlines()] == [True, True]
+    assert not (tmp_path / "another").exists()
 
 
 def test_regression_to_predictions(tmp_path, pretrained, capsys):
