@@ -605,7 +605,7 @@ def _origin(run: _Run) -> str:
 
 def _page_of(run: _Run) -> dict[str, str]:
     versions = run.config.get("versions")
-    settings = {name: value for name, value in run.config.items() if name != "versions"}
+    settings = {name: value for name, value in run.config.items() if name not in ("versions", "run")}
     settings |= versions if isinstance(versions, dict) else {}
     return {
         "subtitle": _html(_origin(run)),
@@ -618,7 +618,7 @@ def _page_comparing(runs: Sequence[_Run]) -> dict[str, str]:
     facts = [_facts(run) for run in runs]
     columns = list(dict.fromkeys(name for of in facts for name in of))
     rows = ([run.name, *(of.get(name, "") for name in columns)] for run, of in zip(runs, facts, strict=True))
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "versions"))
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("output_dir", "versions", "run"))
     # A setting that only the other kind of run has is no difference to look at.
     kept = [name for name in names if len({str(run.config[name]) for run in runs if name in run.config}) > 1]
     differing = [[name, *(run.config.get(name, "") for run in runs)] for name in kept]

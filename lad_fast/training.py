@@ -713,9 +713,20 @@ def _take_folder(config: TrainingConfig, checkpoints: Checkpoints, run: dict) ->
         _LOG.warning("%s: going on from %s", output_dir, found.path)
     elif config.resume == "never":
         checkpoints.clear()
+    elif (output_dir / "best").exists() and (begun := _begun(output_dir)):  # a run that ended before a checkpoint
+        _refuse_another(f"output_dir {output_dir}", begun, run)
     (output_dir / "results.json").unlink(missing_ok=True)
-    write_json(output_dir / "config.json", asdict(config) | {"versions": VERSIONS})
+    write_json(output_dir / "config.json", asdict(config) | {"versions": VERSIONS, "run": run})
     return found
+
+
+def _begun(output_dir: Path) -> dict | None:
+    """Which run wrote ``output_dir``; None where an earlier version did, or the file is damaged."""
+    try:
+        run = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))["run"]
+        return {name: dict(run[name]) for name in ("settings", "digests")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> tuple[dict, dict[str, Tensor]]:

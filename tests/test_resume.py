@@ -427,6 +427,21 @@ def test_another_configuration_is_refused(tmp_path, options, message):
         train(tmp_path)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_replaced(tmp_path):
+    def broken():
+        raise RuntimeError("out of luck")
+
+    options = {"save_steps": None, "save_minutes": 60}
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(tmp_path, hook=after(22, broken), **options)  # in the second epoch
+    assert (tmp_path / "best").is_dir() and not list(tmp_path.glob("checkpoints/step-*"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"output_dir {tmp_path} is of another run: batch_size was 4 and is 5"):
+        train(tmp_path, batch_size=5, **options)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    train(tmp_path, **options)  # the same run begins anew
+
+
 def test_other_data_and_models_are_refused(tmp_path):
     def run(train=0, evaluation=1, teacher=0, student=1, dropout=0.1, hook=None):
         model = bert(2, seed=student, dropout=dropout)
