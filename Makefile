@@ -29,6 +29,7 @@ fuzz: $(INSTALLED)
 
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_record.py readme
+	$(BIN)/python benchmarks/newcomer.py readme
 	$(BIN)/python benchmarks/real_data.py readme
 	$(BIN)/python benchmarks/study.py readme
 	$(BIN)/python benchmarks/kernel_counts.py --write docs/kernels.md

@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
 
 import bench_record
 import int8
 import kernel_counts
+import newcomer
 import real_data
 
 README = bench_record.README.read_text(encoding="utf-8")
@@ -14,6 +16,29 @@ README = bench_record.README.read_text(encoding="utf-8")
 def test_real_data_table_is_the_result_files():
     table = real_data.table(json.loads(real_data.RESULT.read_text())).strip()
     assert bench_record.between(README, real_data.MARKERS) == table
+
+
+def test_the_newcomers_times_are_the_result_file():
+    assert bench_record.between(README, newcomer.MARKERS) == newcomer.sentence(json.loads(newcomer.RESULT.read_text()))
+
+
+def test_each_of_the_newcomers_commands_is_timed(tmp_path):
+    """They stand in README; here each is run in name only."""
+    lines = newcomer.commands()
+    assert [line.split()[0] for line in lines] == ["make", *["lad-fast"] * 3]
+    times = tmp_path / "its times"
+    calls = "make() { touch .venv/bin/activate; }; lad-fast() { echo $1; }\n"
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    command = ["bash", "-c", calls + newcomer.script(lines, times)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["finetune", "distill", "evaluate"]
+    moments = [float(line) for line in times.read_text().split()]
+    assert len(moments) == len(newcomer.STEPS) + 1
+    assert moments == sorted(moments)
+    failing = subprocess.run(
+        ["bash", "-c", newcomer.script(["false", "echo on"], times)], capture_output=True, text=True
+    )
+    assert failing.returncode != 0 and not failing.stdout
 
 
 def test_the_table_of_8_bits_is_the_result_file():

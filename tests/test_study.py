@@ -118,7 +118,8 @@ def test_a_study_from_end_to_end(small, seen, tmp_path, monkeypatch):
     assert not list((tmp_path / "work/running").iterdir())
     for row in content["runs"]:
         if row["phase"] == "final" and row["model"] != study.TEACHER:
-            tuned = [r for r in content["runs"] if (r["phase"], r["model"]) == ("tune", row["model"])]
+            model = study.SETTING_OF.get(row["model"], row["model"])
+            tuned = [r for r in content["runs"] if (r["phase"], r["model"]) == ("tune", model)]
             best = max(tuned, key=lambda r: r["score"])
             assert row["settings"]["learning_rate"] == best["settings"]["learning_rate"]
             assert row["settings"]["seed"] == row["number"]
@@ -182,8 +183,13 @@ def test_every_way_tries_as_many_settings():
 
 def test_seeds_are_outside_so_that_like_is_compared_with_like():
     final = [job for job in study.jobs(["sst2", "rte"], (1, 2, 4)) if job.phase == "final"]
-    assert [job.task for job in final] == ["sst2"] * 13 + ["rte"] * 19  # sst2's plan has no fourth seed
-    assert [job.number for job in final[:13]] == [0] + [1] * 6 + [2] * 6
+    assert [job.task for job in final] == ["sst2"] * 15 + ["rte"] * 22  # sst2's plan has no fourth seed
+    assert [job.number for job in final[:15]] == [0] + [1] * 7 + [2] * 7
+
+
+def test_a_matched_way_is_not_tuned_and_differs_in_the_setting_alone():
+    assert all(job.model not in study.SETTING_OF for job in study.jobs(["rte"], (1,)) if job.phase == "tune")
+    assert study.STUDENTS["lad-matched"] == study.STUDENTS["lad"]
 
 
 def test_tuning_splits_the_training_split_in_two():
@@ -238,6 +244,7 @@ def made_up(scores):
 
 
 SCORES = {"teacher": [0.7], "lad": [0.6, 0.62, 0.64], "lad-published": [0.61, 0.65, 0.63], "skip": [0.5, None]}
+SCORES["lad-matched"] = [0.62, 0.63, 0.64]
 
 
 def test_cells_are_mean_and_standard_error():
