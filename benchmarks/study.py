@@ -204,6 +204,7 @@ class Study:
         stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "rows").glob("*.json"))]
         self.rows = {row["key"]: row for row in (*read(result)["runs"], *stored)}
         self.data: dict[str, Data] = {}
+        self.commit = commit()  # of the code that is loaded: HEAD may move while a study runs
 
     def run(self, tasks: Sequence[str], seeds: Sequence[int]) -> None:
         self.data = {task: self.load(task) for task in tasks}
@@ -303,7 +304,7 @@ class Study:
 
     def _keep(self, job: Job, settings: dict, found: dict) -> dict:
         where = facts()
-        about = {name: where[name] for name in ("machine", "threads", "versions")} | {"commit": commit()}
+        about = {name: where[name] for name in ("machine", "threads", "versions")} | {"commit": self.commit}
         row = {"key": job.key, **job._asdict(), "settings": settings, **found, **about}
         write_json(self.work / "rows" / f"{job.key}.json", row)
         self.rows[job.key] = row

@@ -204,6 +204,17 @@ def test_tuning_splits_the_training_split_in_two():
     assert part.labels[i] == data.train.labels[place]
 
 
+def test_a_row_tells_the_commit_whose_code_was_loaded(small, seen, tmp_path, monkeypatch):
+    first = list(study.jobs(["rte"], []))[:1]
+    monkeypatch.setattr(study, "jobs", lambda tasks, seeds: iter(first))
+    monkeypatch.setattr(study, "commit", lambda: "loaded")
+    made = small()
+    monkeypatch.setattr(study, "commit", lambda: "checked out meanwhile")
+    made.run(["rte"], [])
+    (row,) = json.loads((tmp_path / "study.json").read_text())["runs"]
+    assert row["commit"] == "loaded"
+
+
 def test_the_setting_with_the_best_score_is_chosen_and_the_first_of_equals():
     rows = [
         {"task": "rte", "phase": "tune", "model": "lad", "number": n, "score": score,
