@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lad_fast.gates import GateStack, check_inside
+from lad_fast.models import check_unshared, class_names
 from lad_fast.objective import HiddenObjective, LADObjective
 from lad_fast.step import clip_each_gate_
 
@@ -44,18 +46,21 @@ class LADTrainer(Trainer):
     Gates (and projections) are trained by the same optimizer in groups of their own, each gate is clipped on its own,
     and they are saved and loaded with every checkpoint (gates.safetensors). Evaluation is Trainer's: the student alone.
     Batches that accumulate count alike, as in every Trainer; :class:`~lad_fast.step.DistillStep` counts examples.
+    Columns that the teacher takes and the student does not, as a DistilBERT no ``token_type_ids``, are the teacher's.
 
     Args:
         model: the student, a sequence classifier.
         args: :class:`LADTrainingArguments`.
-        teacher: a fine-tuned sequence classifier; put on the training device, in eval mode.
+        teacher: a fine-tuned sequence classifier of the same classes; put on the training device, in eval mode.
         objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies` for both models; None makes
-            LAD's with its defaults, for examples of up to ``seq_len`` tokens.
+            LAD's with its defaults, for examples of up to ``seq_len`` tokens, with gates drawn by ``args.seed``.
+            Several processes train what the first one has.
         seq_len: where ``objective`` is None.
-        **options: as Trainer takes them. Datasets need "labels" (or "label").
+        **options: as Trainer takes them, but for another loss. Datasets need "labels" (or "label").
 
     Raises:
-        TypeError, ValueError: an objective or arguments that do not fit the models.
+        TypeError, ValueError: an objective or arguments that do not fit the models, and a ``model_init``,
+            ``compute_loss_func`` or ``label_smoothing_factor``, for which this loss has no place.
     """
 
     def __init__(
@@ -70,9 +75,15 @@ class LADTrainer(Trainer):
     ) -> None:
         if not isinstance(args, LADTrainingArguments):
             raise TypeError(f"args is a {type(args).__name__}; it takes LADTrainingArguments")
-        if teacher.config.num_labels != model.config.num_labels:
-            raise ValueError(f"teacher has {teacher.config.num_labels} labels; the model has {model.config.num_labels}")
-        if objective is None:
+        if model is None or options.get("model_init") is not None:
+            raise ValueError("model is None or made by model_init; it takes the student itself, which objective fits")
+        if options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is set; the loss is that of objective")
+        if args.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}; objective smooths no labels")
+        _check_models(model, teacher)
+        super().__init__(model=model, args=args, **options)
+        if objective is None:  # after Trainer has set the seed
             size = teacher.config.num_hidden_layers, teacher.config.hidden_size
             objective = LADObjective(
                 GateStack(*size, seq_len),
@@ -80,22 +91,48 @@ class LADTrainer(Trainer):
                 regression=model.config.num_labels == 1,
                 student_hidden_size=model.config.hidden_size,
             )
-        super().__init__(model=model, args=args, **options)
         self.objective = objective.to(args.device)
+        if self.accelerator.num_processes > 1:
+            for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+                dist.broadcast(tensor.data, src=0)
+        self._check_optimizer()
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
-        self._teacher_takes = set(inspect.signature(teacher.forward).parameters)
+        # What torch.compile returns takes anything.
+        self._teacher_takes = set(inspect.signature(getattr(teacher, "_orig_mod", teacher).forward).parameters)
+        self._teachers_own = self._teacher_takes - set(inspect.signature(model.forward).parameters)
         # A batch's mean: Trainer divides it by the batches that accumulate, by this name in every version 5.
         self.model_accepts_loss_kwargs = False
         self._zeroed_at: int | None = None  # the step whose gradients the objective holds
         self._sums: dict[str, Tensor | float] = defaultdict(float)
+
+    def _check_optimizer(self) -> None:
+        """An optimizer passed to Trainer has the objective's parameters, which would stay as they were drawn."""
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise ValueError(
+                    f"optimizers holds an optimizer without the objective's {name}; add objective.parameters() to it, "
+                    "or leave it out and set the arguments' optim"
+                )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += sorted(self._teachers_own)
+
+    def _for_student(self, inputs: dict) -> dict:
+        return {name: value for name, value in inputs.items() if name not in self._teachers_own}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """LAD's loss in training; else the model's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, output_hidden_states=True)
+        if (labels := inputs.pop("labels", None)) is None:
+            raise ValueError(f"the batch has no labels, only {', '.join(inputs)}; train_dataset needs labels or label")
+        outputs = model(**self._for_student(inputs), output_hidden_states=True)
         with self.accelerator.autocast():
             with torch.no_grad():
                 known = {name: value for name, value in inputs.items() if name in self._teacher_takes}
@@ -105,6 +142,10 @@ class LADTrainer(Trainer):
         for name in ("hidden_loss", "logits_loss"):
             self._sums[name] += getattr(losses, name).detach()
         return (losses.loss, outputs) if return_outputs else losses.loss
+
+    def prediction_step(self, model, inputs, *options, **named):
+        """Trainer's, without the columns that are the teacher's alone."""
+        return super().prediction_step(model, self._for_student(inputs), *options, **named)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's; between processes the objective's gradients are averaged here, as it lies outside the model."""
@@ -120,6 +161,8 @@ class LADTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's, with groups for the gates and the projections; an optimizer passed to Trainer has its own."""
+        self._zeroed_at = None  # training starts here, maybe after one that was broken off
+        self._sums.clear()
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -185,3 +228,13 @@ class LADTrainer(Trainer):
                 logs[name] = self.accelerator.gather(value.reshape(1)).mean().item() / batches
             self._sums.clear()
         super().log(logs, start_time)
+
+
+def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises a ValueError for a teacher that cannot teach the student."""
+    if teacher.config.num_labels != student.config.num_labels:
+        raise ValueError(f"teacher has {teacher.config.num_labels} labels; the model has {student.config.num_labels}")
+    ours, theirs = class_names(student), class_names(teacher)
+    if ours != theirs and set(ours) == set(theirs):
+        raise ValueError(f"teacher has the labels {list(theirs)}; the model has {list(ours)}: the same in this order")
+    check_unshared(student, teacher)

@@ -388,6 +388,22 @@ def check_max_length(model: PreTrainedModel, max_length: int) -> None:
         raise ValueError(f"max_length is {max_length}; this model takes at most {most} tokens")
 
 
+def check_unshared(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises a ValueError for models that share a parameter's memory: the teacher would train, or the student stay."""
+
+    def places(model: nn.Module) -> dict[tuple, str]:
+        named = ((name, p) for name, p in model.named_parameters() if p.numel() and not p.is_meta)
+        return {(p.device, p.untyped_storage().data_ptr()): name for name, p in named}
+
+    theirs = places(teacher)
+    for place, name in places(student).items():
+        if place in theirs:
+            raise ValueError(
+                f"student's {name} is the teacher's {theirs[place]}; the student takes parameters of its own: "
+                "copy.deepcopy the modules it takes over"
+            )
+
+
 def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
     """Forward arguments for a batch on the model's device; batches on the CPU are moved without a wait.
 

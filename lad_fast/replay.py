@@ -117,7 +117,7 @@ def replay(path: str | Path, device: str = "auto") -> Replay:
     if same_kind:
         generator = state["before"]["generator"]
         (torch.cuda.set_rng_state(generator, place) if place.type == "cuda" else torch.set_rng_state(generator))
-    with _watched(step) as (outputs, gradients):
+    with _watched(step) as (outputs, gradients), training.matmuls(config.precision):
         losses = step(*batches)
     modules = [name for name, is_state, part in outputs if part.num_bad and not is_state]
     values = training.numbers(losses, step.grad_norms)

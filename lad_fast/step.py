@@ -24,7 +24,7 @@ from lad_fast.data import num_tokens
 from lad_fast.distributed import ALONE, World
 from lad_fast.gates import GateStack
 from lad_fast.graphs import StepGraphs
-from lad_fast.models import model_inputs, run_model
+from lad_fast.models import check_unshared, model_inputs, run_model
 from lad_fast.objective import HiddenObjective
 from lad_fast.optimizers import make_adamw
 from lad_fast.teacher_cache import TeacherCache
@@ -99,7 +99,7 @@ class DistillStep:
 
     Raises:
         ValueError: a teacher without an objective or the other way round; one of them on another device than the
-            student; graphs without a GPU, or with several processes.
+            student; a teacher that shares parameters with it; graphs without a GPU, or with several processes.
     """
 
     def __init__(
@@ -129,6 +129,8 @@ class DistillStep:
             for parameter in module.parameters() if isinstance(module, nn.Module) else ():
                 if parameter.device != student.device:
                     raise ValueError(f"{name} is on {parameter.device}; student is on {student.device}")
+        if teacher is not None:
+            check_unshared(student, teacher)
         self.student, self.teacher, self.objective = student.train(), teacher, objective
         self.teacher_cache = teacher_cache
         if teacher is not None:
@@ -142,13 +144,19 @@ class DistillStep:
         self.autocast = partial(autocast, device, precision)
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "float16")
 
+        norms = [module for module in student.modules() if type(module).__name__.endswith("Norm")]
+        scales = {id(parameter) for norm in norms for parameter in norm.parameters()}
+
+        def is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+            return "bias" in name or id(parameter) in scales
+
         named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         if self.uses_hidden_states and objective.projections is not None:
             named += objective.projections.named_parameters()
         self.student_parameters = [parameter for _, parameter in named]
         groups = [
-            {"params": [p for name, p in named if not _is_undecayed(name)], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if _is_undecayed(name)], "weight_decay": 0.0},
+            {"params": [p for name, p in named if not is_undecayed(name, p)], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if is_undecayed(name, p)], "weight_decay": 0.0},
         ]
         if self.gates is not None:
             affine = [self.gates.bias, self.gates.norm_weight, self.gates.norm_bias]
@@ -452,10 +460,6 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     # Off, it still wants a dtype that it knows.
     dtype = getattr(torch, precision) if precision in HALF else torch.bfloat16
     return torch.autocast(device_type, dtype, enabled=precision in HALF)
-
-
-def _is_undecayed(name: str) -> bool:
-    return "bias" in name or "LayerNorm.weight" in name or "layer_norm.weight" in name
 
 
 def _label_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the dtype that training computes in; on the GPU, in host memory or in a memory-m
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,18 +152,18 @@ def _choose_own_place(nbytes: int, device: torch.device, folder: str | Path, num
         return "gpu"
     if nbytes * num_processes <= _SHARE * _free_host_memory():
         return "cpu"
-    if nbytes * num_processes <= _SHARE * shutil.disk_usage(folder).free:
+    if hasattr(os, "posix_fallocate") and nbytes * num_processes <= _SHARE * shutil.disk_usage(folder).free:
         return "disk"
     return "off"
 
 
 def _free_host_memory() -> int:
-    """Bytes a process may still take, by the kernel and by the container's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes a process may still take, by the kernel and by the container's limit; 0 where no kernel tells."""
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        entries = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(entries["MemAvailable"].split()[0]) * 1024
+    if not meminfo.exists():  # not Linux
+        return 0
+    entries = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(entries["MemAvailable"].split()[0]) * 1024
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
@@ -172,6 +173,8 @@ def _free_host_memory() -> int:
 def _map_file(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
     if folder is None:
         raise ValueError("folder is None; teacher_cache 'disk' takes a folder")
+    if not hasattr(os, "posix_fallocate"):
+        raise ValueError(f"teacher_cache is 'disk'; {sys.platform} keeps no room for a file ahead; take cpu or off")
     size = int(np.prod(shape)) * dtype.itemsize
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".teacher-cache-") as file:

@@ -279,7 +279,7 @@ def distill(
         train, evaluation: tokenised data instead of what ``config`` names; evaluation by split name, {} for
             none.
         teacher, tokenizer: instead of ``config.teacher``; the teacher comes back in eval mode, on the device
-            trained on, and otherwise unchanged.
+            trained on, with the attention of packed batches and compiled where the run was.
         student: instead of one built by ``config``; trained in place. Another hidden size than the teacher's
             gets one trained projection a layer.
 
@@ -322,8 +322,22 @@ def distill(
 def _own_run(config: TrainingConfig) -> Iterator[StopSignals]:
     """The folder is this run's alone, and signals wait for a step's end, the same one in every process."""
     signals = StopSignals(current_world().agreement())
-    with current_world().first_enters(own_folder(Path(config.output_dir))), signals:
+    with current_world().first_enters(own_folder(Path(config.output_dir))), signals, matmuls(config.precision):
         yield signals
+
+
+@contextmanager
+def matmuls(precision: str) -> Iterator[None]:
+    """A context whose float32 products are rounded to "tf32", where that is the precision; after it as before."""
+    if precision != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _move(role: str, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -439,8 +453,6 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
     precision, padding = config.precision, config.padding
     if precision == "auto":
         precision = fastest_precision(device)
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
         flash = device.type == "cuda" and precision in HALF

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    TrainerCallback,
+)
 
 pytest.importorskip("accelerate")
 from lad_fast import AttentionObjective, GateStack, LADObjective
@@ -137,6 +144,110 @@ def test_resumes_to_the_bit(tmp_path, make):
         assert torch.equal(a, b)
 
 
+def test_resumes_to_the_bit_where_it_was_broken_off(tmp_path):
+    """In the same process, with half a step's gradients in the gates when it broke off."""
+
+    class Break(TrainerCallback):
+        def on_substep_end(self, args, state, control, **rest):
+            if state.global_step == 2:
+                raise RuntimeError("broken off")
+
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "logging_steps": 2}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    run = trainer(tmp_path / "parts", save_strategy="steps", save_steps=2, **options)
+    run.add_callback(Break())
+    with pytest.raises(RuntimeError, match="broken off"):
+        run.train()
+    run.remove_callback(Break)
+    run.train(resume_from_checkpoint=True)
+    right, found = all_parameters(whole.model, whole.objective), all_parameters(run.model, run.objective)
+    assert all(torch.equal(a, b) for a, b in zip(right, found, strict=True))
+    assert lines(run) == lines(whole)
+
+
+class Pairs(Examples):
+    """With the second half of each row of another token type."""
+
+    def __getitem__(self, i: int) -> dict:
+        return super().__getitem__(i) | {"token_type_ids": (torch.arange(12) > 5).long()}
+
+
+class OfNoTokenTypes(DistilBertForSequenceClassification):
+    """Transformers' own would pass any argument on."""
+
+    def forward(self, input_ids, attention_mask, labels=None, output_hidden_states=None):
+        return super().forward(input_ids, attention_mask, labels=labels, output_hidden_states=output_hidden_states)
+
+
+@pytest.mark.parametrize("remove_unused_columns", (True, False))
+def test_a_teacher_gets_what_the_student_does_not_take(tmp_path, remove_unused_columns):
+    torch.manual_seed(1)
+    config = DistilBertConfig(
+        vocab_size=24, dim=16, n_heads=2, hidden_dim=32, n_layers=2, max_position_embeddings=16, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.2,
+    )  # fmt: skip
+    student, teacher, data = OfNoTokenTypes(config), bert(4, 0), Pairs(16)
+    batch = data.batch(range(4))
+    labels, types = batch.pop("labels"), batch.pop("token_type_ids")
+    with torch.no_grad():
+        ours = student(**batch, output_hidden_states=True)
+        teacher.eval()
+        theirs = [teacher(**b, output_hidden_states=True) for b in (batch | {"token_type_ids": types}, batch)]
+    right, wrong = (
+        objective()(ours, out, labels=labels, attention_mask=batch["attention_mask"]).loss.item() for out in theirs
+    )
+    own = torch.nn.functional.cross_entropy(ours.logits, labels).item()
+    run = LADTrainer(
+        student, arguments(tmp_path, max_steps=1, remove_unused_columns=remove_unused_columns), teacher=teacher,
+        objective=objective(), train_dataset=data, eval_dataset=data,
+    )  # fmt: skip
+    assert run.evaluate(torch.utils.data.Subset(data, range(4)))["eval_loss"] == pytest.approx(own, rel=1e-5)
+    assert run.predict(data).predictions.shape == (16, 2)
+    run.train()
+    assert lines(run)[0]["loss"] == pytest.approx(right, rel=1e-5) != pytest.approx(wrong, rel=1e-3)
+
+
+def test_a_compiled_teacher(tmp_path):
+    plain = trainer(tmp_path / "plain", max_steps=1)
+    teacher = torch.compile(bert(4, 0), backend="eager")
+    run = LADTrainer(
+        bert(2, 1), arguments(tmp_path, max_steps=1), teacher=teacher, objective=objective(),
+        train_dataset=Examples(16),
+    )  # fmt: skip
+    plain.train()
+    run.train()
+    assert lines(run)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
+
+
+def test_the_seed_of_the_arguments_draws_the_gates(tmp_path):
+    def gates(before: int, seed: int) -> torch.Tensor:
+        student, teacher = bert(2, 1), bert(4, 0)
+        torch.manual_seed(before)
+        return LADTrainer(student, arguments(tmp_path, seed=seed), teacher=teacher, seq_len=12).objective.gates.weight
+
+    assert torch.equal(gates(1, 5), gates(2, 5))
+    assert not torch.equal(gates(1, 5), gates(1, 6))
+
+
+def test_an_optimizer_without_the_gates_is_refused(tmp_path):
+    def make(extra) -> LADTrainer:
+        student, teacher, own = bert(2, 1), bert(4, 0), objective()
+        optimizer = torch.optim.SGD([*student.parameters(), *extra(own)], lr=0.1)
+        data = Examples(16)
+        args = arguments(tmp_path, max_steps=2)  # the first one warms up
+        return LADTrainer(
+            student, args, teacher=teacher, objective=own, train_dataset=data, optimizers=(optimizer, None)
+        )
+
+    with pytest.raises(ValueError, match=r"without the objective's gates\.weight; add objective.parameters"):
+        make(lambda own: ())
+    run = make(lambda own: own.parameters())
+    run.train()
+    assert not torch.equal(run.objective.gates.weight, objective().gates.weight)
+    make(lambda own: own.requires_grad_(False).parameters())
+
+
 def test_a_checkpoint_is_a_plain_model_with_gates_beside_it(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=4)
     run.train()
@@ -223,6 +334,35 @@ def test_arguments_that_do_not_fit(tmp_path):
         LADTrainer(bert(2, 1), args, teacher=bert(4, 0, num_labels=3))
     with pytest.raises(TypeError, match="it takes LADTrainingArguments"):
         LADTrainer(bert(2, 1), None, teacher=bert(4, 0))
+    for options, message in (
+        ({"model": None}, "model is None or made by model_init; it takes the student itself"),
+        ({"model_init": lambda: bert(2, 1)}, "model is None or made by model_init"),
+        ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func is set; the loss is that of objective"),
+        ({"args": arguments(tmp_path, label_smoothing_factor=0.1)}, "label_smoothing_factor is 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LADTrainer(**{"model": bert(2, 1), "args": args, "teacher": bert(4, 0)} | options)
+
+
+def test_a_teacher_that_cannot_teach_the_student(tmp_path):
+    student, teacher = bert(2, 1), bert(4, 0)
+    student.config.id2label, teacher.config.id2label = {0: "no", 1: "yes"}, {0: "yes", 1: "no"}
+    with pytest.raises(ValueError, match=r"teacher has the labels \['yes', 'no'\]; the model has \['no', 'yes'\]"):
+        LADTrainer(student, arguments(tmp_path), teacher=teacher)
+    teacher.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match=r"bert.embeddings.word_embeddings.weight is the teacher's bert.embeddings.wo"):
+        LADTrainer(student, arguments(tmp_path), teacher=teacher)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_rows_without_labels_are_named(tmp_path):
+    class Unlabelled(Examples):
+        def __getitem__(self, i: int) -> dict:
+            return {name: value for name, value in super().__getitem__(i).items() if name != "labels"}
+
+    with pytest.raises(ValueError, match="the batch has no labels, only input_ids, attention_mask; train_dataset"):
+        trainer(tmp_path, data=Unlabelled(16)).train()
 
 
 def test_arguments_go_through_json(tmp_path):
@@ -232,9 +372,19 @@ def test_arguments_go_through_json(tmp_path):
 
 
 def together(folder: str, **changes) -> LADTrainer:
-    run = trainer(folder, 8, Examples(16, shortest=12), max_steps=2, save_strategy="steps", save_steps=2, **changes)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(folder, 8, Examples(16, shortest=12), **options | changes)
     run.train()
     return run
+
+
+def others_elsewhere(student_hidden_size: int) -> LADObjective:
+    """Each process but the first with gates and projections of its own, which must not be what it trains."""
+    made, rank = objective(student_hidden_size), int(os.environ["RANK"])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(rank)
+    return made
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -259,6 +409,6 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 if __name__ == "__main__":
-    together(sys.argv[1], ddp_backend="gloo")
+    together(sys.argv[1], make=others_elsewhere, ddp_backend="gloo")
     torch.distributed.barrier()
     os._exit(0)  # Trainer leaves its group, whose threads may abort an interpreter that ends

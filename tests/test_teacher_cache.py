@@ -120,6 +120,17 @@ def test_place_goes_by_what_is_free(tmp_path, monkeypatch, memory, disk, place):
     assert choose_place(100, torch.device("cpu"), tmp_path) == place
 
 
+def test_other_systems_than_linux(tmp_path, monkeypatch):
+    """Without /proc, SC_AVPHYS_PAGES and posix_fallocate: macOS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(os, "sysconf", None)
+    monkeypatch.setattr(teacher_cache.Path, "exists", lambda path: False)
+    assert choose_place(100, torch.device("cpu"), tmp_path) == "off"
+    assert choose_place(0, torch.device("cpu"), tmp_path) == "cpu"
+    with pytest.raises(ValueError, match="teacher_cache is 'disk'; linux keeps no room for a file ahead; take cpu"):
+        make(tmp_path, "disk")
+
+
 def test_free_memory_is_what_the_kernel_says():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < teacher_cache._free_host_memory() <= total

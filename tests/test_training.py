@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     get_linear_schedule_with_warmup,
 )
 
@@ -448,6 +450,45 @@ def test_teachers_without_hidden_states_are_named(kind, found, tmp_path):
 def test_a_teacher_without_an_objective_is_an_error():
     with pytest.raises(ValueError, match="teacher and objective"):
         DistillStep(bert(), bert(), learning_rate=1e-3, total_steps=1, warmup_steps=1)
+
+
+@pytest.mark.parametrize("share", ("modules", "memory"))
+def test_a_teacher_of_the_students_parameters_is_an_error(share):
+    student, teacher = bert(num_layers=2), bert()
+    if share == "modules":
+        student.bert.encoder.layer[1] = teacher.bert.encoder.layer[3]
+    else:  # parameters of its own in the memory of the teacher's
+        student.bert.encoder.layer[1].load_state_dict(teacher.bert.encoder.layer[3].state_dict(), assign=True)
+    options = {"learning_rate": 1e-3, "total_steps": 1, "warmup_steps": 1}
+    with pytest.raises(ValueError, match=r"student's bert.encoder.layer.1.*query.weight is the teacher's .*layer.3"):
+        DistillStep(student, teacher, LADObjective(GateStack(4, 16, 16), 2), **options)
+
+
+def test_norms_do_not_decay_by_whatever_name():
+    """ModernBERT calls none of its norms LayerNorm."""
+    config = ModernBertConfig(
+        vocab_size=24, hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    student = ModernBertForSequenceClassification(config)
+    step = DistillStep(student, learning_rate=1e-3, total_steps=1, warmup_steps=1, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, kept = ([names[id(p)] for p in group["params"]] for group in step.optimizer.param_groups)
+    assert sorted(decayed + kept) == sorted(names.values())
+    assert all("norm" in name or "bias" in name for name in kept) and any("mlp_norm" in name for name in kept)
+    assert not any("norm" in name or "bias" in name for name in decayed) and len(decayed) > 8
+
+
+def test_tf32_ends_with_its_run(tmp_path, monkeypatch):
+    """It is the process's setting: a float32 run after one of tf32 would otherwise be in tf32 too."""
+    during = []
+    real = DistillStep.__call__
+    monkeypatch.setattr(
+        DistillStep, "__call__",
+        lambda *args: (during.append(torch.get_float32_matmul_precision()), real(*args))[1],
+    )  # fmt: skip
+    engine_losses(tmp_path, precision="tf32")
+    assert set(during) == {"high"} and torch.get_float32_matmul_precision() == "highest"
 
 
 def settings(tmp_path, kind=DistillConfig, **options):
