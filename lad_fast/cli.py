@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, TextIO, Union
 
 import torch
 import tyro
@@ -170,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 for something broken (doctor, training whose numbers are not finite, or a replay that does
         not come to what the run came to); 2 for wrong input, or memory or a disk without room; 128 + the signal's
-        number (130, 143) for a run that SIGINT or SIGTERM stopped. But for doctor's, one line on stderr says more.
+        number (130, 143) for a run that SIGINT or SIGTERM stopped; 141 where nobody reads on, as of a pipe to ``head``.
+        But for doctor's and this one, a line on stderr says more.
     """
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -181,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{name} takes one process; torchrun is for finetune and distill")
         return run(command)
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            return 141  # as of a process that SIGPIPE ends
         _tell(f"error: {' '.join(str(error).split())}")
         return 2
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -197,6 +202,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: stopped", file=sys.stderr)
         return 130
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream's reader has left, as ``head`` does once it has its lines; what is left for it is dropped."""
+    poll = select.poll()  # systems without it have no such error
+    poll.register(stream.fileno(), 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter's end flushes once more
+        return True
+    return False
 
 
 def _tell(text: str) -> None:

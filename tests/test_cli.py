@@ -175,6 +175,19 @@ def test_wrong_call_in_a_process_of_its_own(tmp_path):
     assert "--seed" in line
 
 
+@pytest.mark.parametrize("command", ("distill --help", "doctor"))
+def test_a_reader_that_leaves_early_is_no_error(command, tmp_path):
+    """As `lad-fast distill --help | head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lad_fast", *command.split()], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
