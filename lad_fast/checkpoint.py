@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,11 @@ class Checkpoints:
         steps = self._steps()
         for other in [s for s in steps if s > step] + [s for s in steps if s <= step][self.limit :]:
             _discard(self.folder / f"step-{other}")
-        for leftover in self.folder.glob(".*"):  # of a kill
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a kill left half-way."""
+        for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
 
     def _steps(self) -> list[int]:
@@ -197,8 +201,12 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove them all, and what a kill left of others."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove them all, what a kill left of others, and the folder if that was all it held."""
+        for step in self._steps():
+            _discard(self.folder / f"step-{step}")
+        self._sweep()
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 class Checkpoint(NamedTuple):

@@ -4,6 +4,7 @@ import html
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class _Run:
         losses, evaluations: The two kinds of lines in log.jsonl.
         results: Of results.json; None as long as the run goes on.
         labels: Class names by class id, where best/ tells them.
+        broken_at: The step whose numbers that were not finite ended it; None where none did.
     """
 
     name: str
@@ -150,6 +152,7 @@ class _Run:
     evaluations: list[dict]
     results: dict | None
     labels: list[str]
+    broken_at: int | None
 
     @property
     def shown(self) -> dict | None:
@@ -192,6 +195,8 @@ def _read_run(folder: Path, name: str) -> _Run:
     model = _read_json(folder / "best" / "config.json") or {}
     names = model.get("id2label")
     names = names if isinstance(names, dict) and all(key.isdecimal() for key in names) else {}
+    dumps = [int(path.name[16:]) for path in folder.glob("not-finite-step-*") if path.name[16:].isdecimal()]
+    latest = max((record["step"] for record in records), default=0)
     return _Run(
         name,
         _read_json(folder / "config.json") or {},
@@ -199,6 +204,8 @@ def _read_run(folder: Path, name: str) -> _Run:
         [record for record in records if "metrics" in record],
         results,
         [str(names[key]) for key in sorted(names, key=int)],
+        # A run that was taken up before that step, and got over it, has logged later ones.
+        max(dumps) if results is None and dumps and max(dumps) >= latest else None,
     )
 
 
@@ -292,10 +299,11 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def _label(text: str) -> str:
+def _label(text: str, most: int = 40) -> str:
     """A text from a file as matplotlib takes it: short, no formula, no first underscore, which would hide it."""
     text = _printable(text)
-    text = text if len(text) <= 40 else f"{text[:39]}\N{HORIZONTAL ELLIPSIS}"
+    if len(text) > most:  # names that are long are often alike at their beginning
+        text = f"{text[: most // 2]}\N{HORIZONTAL ELLIPSIS}{text[most // 2 + 1 - most :]}"
     return (f" {text}" if text.startswith("_") else text).replace("$", r"\$")
 
 
@@ -306,14 +314,18 @@ class _Curve(NamedTuple):
     color: str
 
 
+def _marker(curve: _Curve) -> str:
+    """Of few points; one alone would not be seen without."""
+    return "o" if len(curve.x) <= 40 else ""
+
+
 def _curves(
     figure, curves: Sequence[_Curve], x_label: str = "step", scale: Literal["free", "log", "from 0"] = "free"
 ) -> None:
     """All in the same axes; "log" where values are far apart."""
     axes = figure.subplots()
     for curve in curves:
-        marker = "o" if len(curve.x) <= 40 else ""
-        axes.plot(curve.x, curve.y, label=_label(curve.label), color=curve.color, marker=marker)
+        axes.plot(curve.x, curve.y, label=_label(curve.label), color=curve.color, marker=_marker(curve))
     values = [value for curve in curves for value in curve.y if math.isfinite(value)]
     if scale == "log" and values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
@@ -333,7 +345,7 @@ def _curves_apart(figure, curves: Sequence[_Curve]) -> None:
     """Each in axes of its own, one above the other: for values too far apart for one scale."""
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, curve in zip(panels, curves, strict=True):
-        axes.plot(curve.x, curve.y, color=curve.color)
+        axes.plot(curve.x, curve.y, color=curve.color, marker=_marker(curve), clip_on=False)
         axes.ticklabel_format(axis="y", scilimits=(-3, 3))
         axes.set_ylim(bottom=0)
         axes.set_ylabel(curve.label)
@@ -349,9 +361,17 @@ def _matrices(figure, matrices: Sequence[tuple[str, Sequence, Sequence]], labels
             for j, text in enumerate(row):
                 axes.text(j, i, text, ha="center", va="center", color="white" if shares[i][j] > 0.55 else _INK)
         axes.set_title(_label(title))
-        for axis, label, names in zip((axes.xaxis, axes.yaxis), labels, ticks, strict=True):
+        longest = max(map(len, ticks[0]))
+        for axis, label, names, most in zip(
+            (axes.xaxis, axes.yaxis), labels, ticks, (24 if longest <= 2 else 12, 12), strict=True
+        ):
             axis.set_label_text(label)
-            axis.set_ticks(range(len(names)), [_label(name) for name in names])
+            every = math.ceil(len(names) / most)  # more would lie over each other
+            axis.set_ticks(range(0, len(names), every), [_label(name, most=20) for name in names[::every]])
+        if longest > 3 and longest * len(ticks[0]) > 24:
+            axes.tick_params(axis="x", labelrotation=45)
+            for text in axes.get_xticklabels():
+                text.set(ha="right", rotation_mode="anchor")
         axes.grid(False)
         axes.tick_params(length=0)
 
@@ -431,13 +451,16 @@ def _contributions(lines: Sequence[dict]) -> _Panel:
 
 
 def _confusion(run: _Run) -> _Panel:
-    matrices, names = [], run.labels
+    matrices, names, told = [], run.labels, ""
     for split, counts in run.shown["confusion"].items():
         shares = [[count / max(1, sum(row)) for count in row] for row in counts]
         matrices.append((split, shares, [[f"{count:,}" for count in row] for row in counts]))
-        names = names if len(names) == len(counts) else [*map(str, range(len(counts)))]
+        numbers = [*map(str, range(len(counts)))]
+        if len(names) == len(counts) > 8 and names != numbers:  # no room for names beside the matrix
+            told = f" Classes from 0 on: {', '.join(names)}."
+        names = names if len(names) == len(counts) <= 8 else numbers
     draw = partial(_matrices, matrices=matrices, labels=("prediction", "label"), ticks=(names, names))
-    note = f"Examples at step {run.shown['step']}; colours are shares of a label's examples."
+    note = f"Examples at step {run.shown['step']}; colours are shares of a label's examples.{told}"
     return _Panel("Confusion", draw, note, is_wide=len(matrices) > 1)
 
 
@@ -467,7 +490,9 @@ def _style():
         "grid.color": _FAINT, "xtick.color": "#64748b", "ytick.color": "#64748b", "lines.linewidth": 1.6,
         "lines.markersize": 4, "legend.fontsize": 8, "legend.frameon": False, "svg.fonttype": "none",
     }  # fmt: skip
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        # The page has such texts in the reader's fonts; the PNG has boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 
@@ -599,7 +624,11 @@ def _origin(run: _Run) -> str:
     kind = f"distilled from {run.config.get('teacher')} by method {run.config.get('method')}"
     if "teacher" not in run.config:
         kind = f"fine-tuned from {run.config.get('model')}"
-    state = "in progress: no results.json yet, metrics are the latest" if run.results is None else "finished"
+    state = "finished"
+    if run.broken_at is not None:
+        state = f"ended at step {run.broken_at} by numbers that are not finite; metrics are the latest"
+    elif run.results is None:
+        state = "not finished: no results.json yet, metrics are the latest"
     return f"Task {run.config.get('task')}, {kind}; {state}."
 
 

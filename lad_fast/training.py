@@ -19,6 +19,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_type_hints
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, set_seed
@@ -429,6 +430,7 @@ def _start(config: TrainingConfig) -> torch.device:
     if getattr(config, "normalize_states", False) is True and config.method not in ("skip", "last"):
         raise ValueError(f"normalize_states is True; it goes with method skip or last, not {config.method}")
     current_world().first(TRACKERS[config.log].check)
+    current_world().first(_check_folder, Path(config.output_dir))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if not 0 <= config.seed < 2**32:
@@ -630,8 +632,9 @@ def _run(
                     told["confusion"] = {name: split.confusion.tolist() for name, split in scored.items()}
                 log.write_metrics(state | told)
                 sources = {role: getattr(config, role) for role in ("teacher", "model") if hasattr(config, role)}
-                card = model_card(output_dir.name, task, state, run["settings"], sources, VERSIONS)
-                saved = step.student, tokenizer, step.gates, state | {"max_length": config.max_length}, card
+                card = model_card(output_dir.resolve().name, task, state, run["settings"], sources, VERSIONS)
+                inputs = {"max_length": config.max_length, "num_texts": len(task.text_columns)}
+                saved = step.student, tokenizer, step.gates, state | inputs, card
                 score = sum(values[task.best_metric] for values in metrics.values())
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
@@ -716,6 +719,19 @@ def _differences(old: dict, new: dict, was: str) -> str:
     return ", ".join(found)
 
 
+def _check_folder(output_dir: Path) -> None:
+    """Raises a ValueError where a run would write over what no run wrote, a model's config.json above all."""
+    names = ("config.json", "best", "last", "log.jsonl", "results.json", "tensorboard")
+    there = [name for name in names if (output_dir / name).exists()]
+    try:
+        config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+        is_run = "output_dir" in config
+    except (OSError, ValueError, TypeError, RecursionError):  # absent or damaged
+        is_run = "log.jsonl" in there
+    if there and not is_run:
+        raise ValueError(f"output_dir is {output_dir}; it holds {there[0]}, which no run left there; take another")
+
+
 def _take_folder(config: TrainingConfig, checkpoints: Checkpoints, run: dict) -> Checkpoint | None:
     """The checkpoint to go on from; what an earlier run left otherwise makes room."""
     output_dir = Path(config.output_dir)
@@ -723,9 +739,9 @@ def _take_folder(config: TrainingConfig, checkpoints: Checkpoints, run: dict) ->
     if found is not None:
         _refuse_another(f"checkpoint {found.path}", found.state["run"], run)
         _LOG.warning("%s: going on from %s", output_dir, found.path)
-    elif config.resume == "never":
+    if config.resume == "never":
         checkpoints.clear()
-    elif (output_dir / "best").exists() and (begun := _begun(output_dir)):  # a run that ended before a checkpoint
+    elif (output_dir / "best").exists() and (begun := _begun(output_dir)):  # with or without a checkpoint there
         _refuse_another(f"output_dir {output_dir}", begun, run)
     (output_dir / "results.json").unlink(missing_ok=True)
     write_json(output_dir / "config.json", asdict(config) | {"versions": VERSIONS, "run": run})
@@ -746,12 +762,14 @@ def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> tuple[dict
     try:
         content = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
         old = content.pop("run")
+        if not (folder := output_dir / "last").is_dir():  # which Transformers would take for a name on the hub
+            raise FileNotFoundError(f"{folder} is absent")
         with quiet():
-            last = type(model).from_pretrained(output_dir / "last", dtype=torch.float32)
+            last = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True, weights_only=True)
         del content["output_dir"]
         TrainingResult(**content, output_dir=output_dir, model=model)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # written by an earlier version, or by hand
-        raise ValueError(
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(  # damaged, written by an earlier version, or by hand
             f"output_dir is {output_dir}; what a finished run left there cannot be read ({type(error).__name__}: "
             f"{error}); resume never starts anew"
         ) from error

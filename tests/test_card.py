@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizer, pipe
 from lad_fast.card import model_card
 from lad_fast.glue import Task, get_task
 from lad_fast.models import load_classifier, save_checkpoint
-from lad_fast.training import VERSIONS, DistillConfig, distill
+from lad_fast.training import VERSIONS, DistillConfig, FinetuneConfig, distill, finetune
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrs"]
 
@@ -33,6 +33,17 @@ def run(tmp_path_factory):
     data = {"train": split(8), "evaluation": {"validation": split(8, seed=1)}}
     distill(config, teacher=teacher, tokenizer=tokenizer, **data)
     return root / "my_student"
+
+
+def test_a_run_in_the_folder_at_hand_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_model").mkdir()
+    monkeypatch.chdir(tmp_path / "my_model")
+    config = FinetuneConfig(
+        task="rte", model="", output_dir=Path(), epochs=1, max_length=16, device="cpu", progress=False
+    )  # fmt: skip
+    finetune(config, train=split(8), evaluation={"validation": split(8, seed=1)}, model=bert(1))
+    card = ModelCard.load("best/README.md")
+    assert card.data.model_name == "my_model" and "# my\\_model" in card.text
 
 
 @pytest.mark.parametrize("which", ["best", "last"])

@@ -1,6 +1,8 @@
 """Reports of runs, and the table and figure of a comparison."""
 
+import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,7 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from lad_fast import report as report_module
 from lad_fast.cli import main
 from lad_fast.data import tokenize
 from lad_fast.demo import TASK, build_teacher, build_tokenizer, make_splits
@@ -158,7 +162,14 @@ def test_a_run_in_progress_is_shown_so_far(run):
     (run / "log.jsonl").write_bytes(content[:-40])
     page = report([run]).read_text()
     *_, latest = [line for line in lines_but_the_last(content) if "metrics" in line]
-    assert "in progress" in page
+    assert "not finished" in page
+    records = [json.loads(line) for line in (run / "log.jsonl").read_bytes().splitlines()[:-1]]
+    step = max(record["step"] for record in records)
+    (run / f"not-finite-step-{step + 1}").mkdir()
+    (run / "not-finite-step-1").mkdir()
+    assert f"ended at step {step + 1} by numbers that are not finite" in report([run]).read_text()
+    (run / f"not-finite-step-{step + 1}").rmdir()  # and of one that got over the first step, by other settings:
+    assert "not finished" in report([run]).read_text()
     assert facts(page)["steps so far"] == "18"
     assert facts(page)["validation accuracy"] == f"{latest['metrics']['validation']['accuracy']:.4f}"
     assert "epoch 3" not in page
@@ -174,6 +185,68 @@ def test_a_run_that_has_just_begun(run):
     page = report([run]).read_text()
     assert titles(page) == ["Settings and versions"]
     assert facts(page)["steps so far"] == "0"
+
+
+def test_a_single_log_line_is_seen_in_every_panel(run):
+    first = next(record for record in lines(run) if "loss" in record)
+    write_lines(run, [first])
+    page = report([run]).read_text()
+    figures = re.findall(r"<h2>([^<]*)</h2>\s*(<svg.*?</svg>)", page, re.S)
+    drawn = {title: svg for title, svg in figures}
+    assert {"Loss", "Learning rate", "Peak memory so far, MB"} <= drawn.keys()
+    for title, svg in drawn.items():
+        assert re.search(r"<use [^>]*style=\"fill: #(2563eb|[0-9a-f]{6}); stroke: #(?!64748b)", svg), title
+
+
+@pytest.mark.parametrize(("number", "length"), [(2, 8), (3, 60), (8, 25), (9, 2), (24, 2), (77, 30)])
+def test_names_of_classes_do_not_lie_over_each_other(run, number, length):
+    """As long as they may be, and as many: by number then, and told below."""
+    names = [f"a class with a {'very ' * 12}"[: length - 2] + f"{i:02}" for i in range(number)]
+    config = json.loads((run / "best/config.json").read_text())
+    config["id2label"] = dict(enumerate(names))
+    (run / "best/config.json").write_text(json.dumps(config))
+    records = [record | {"confusion": {"validation": np.eye(number, dtype=int).tolist()}} for record in lines(run)
+               if "metrics" in record]  # fmt: skip
+    write_lines(run, records)
+    found = report_module._read_run(run, "run")
+    panel = report_module._confusion(found)
+    with report_module._style():
+        figure = report_module._new_figure(5.4, 2.9)
+        panel.draw(figure)
+        FigureCanvasAgg(figure).draw()
+        (axes,) = figure.axes
+        texts = [[label for label in axis.get_ticklabels() if label.get_text()] for axis in (axes.xaxis, axes.yaxis)]
+    for labels in texts:
+        shown = [label.get_text() for label in labels]
+        assert len(set(shown)) == len(shown)
+        assert len(shown) == number if number <= 9 else len(shown) > 8
+    assert all((name in panel.note) == (number > 8 and names[0] != "0") for name in names)
+    boxes = [label.get_window_extent() for label in texts[1]]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    # Slanted texts' boxes overlap where they do not: what lies between their lines counts.
+    turned = texts[0][0].get_rotation()
+    places = sorted(axes.transData.transform((tick, 0))[0] for tick in axes.get_xticks())
+    heights = max(box.height for box in boxes)
+    gap = min(b - a for a, b in itertools.pairwise(places))
+    width = max(label.get_window_extent().width for label in texts[0])
+    assert gap * math.sin(math.radians(turned)) > 0.9 * heights if turned else gap > width
+
+
+def test_letters_that_the_font_lacks_warn_of_nothing(run, recwarn):
+    config = json.loads((run / "best/config.json").read_text())
+    config["id2label"]["0"] = "\u597d\u7684"
+    (run / "best/config.json").write_text(json.dumps(config))
+    assert "\u597d\u7684" in report([run]).read_text()
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_all_teacher_layers_are_named_by_their_numbers(run):
+    records = [record for record in lines(run) if "contributions" in record]
+    shares = [[1 / 24] * 24] * 12
+    write_lines(run, [record | {"contributions": shares} for record in records])
+    svg = re.search(r"learn from</h2>\s*(<svg.*?</svg>)", report([run]).read_text(), re.S).group(1)
+    shown = re.findall(r">(\d+)</text>", svg)
+    assert [shown.count(str(i)) for i in range(26)] == [0] + [6] * 12 + [3] * 12 + [0]  # three epochs, two axes
 
 
 def test_several_runs_are_compared(runs, tmp_path, capsys):

@@ -442,6 +442,71 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_not_replaced(tmp_path):
     train(tmp_path, **options)  # the same run begins anew
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_run_is_not_replaced_by_going_on_from_a_checkpoint_elsewhere(tmp_path):
+    train(tmp_path / "a", seed=5)
+    path = stopped(tmp_path / "b").path
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"output_dir \S+/a is of another run: seed was 5 and is 42; take another"):
+        train(tmp_path / "a", resume=str(path))
+    assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("resume", ("auto", "never"))
+def test_files_of_others_stay(tmp_path, resume):
+    """In checkpoints/, which other programs have too; among them what looks like a file of ours."""
+    names = ("epoch=3.ckpt", "mine/model.ckpt", ".git/HEAD", "step-best/model.ckpt", "notes.txt")
+    theirs = [tmp_path / "checkpoints" / name for name in names]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("theirs")
+    left = tmp_path / "checkpoints/.step-1.partial"  # ours, of a kill
+    left.mkdir()
+    train(tmp_path, resume=resume)
+    assert (tmp_path / "results.json").is_file()
+    assert sorted(path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()) == sorted(theirs)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("resume", ("auto", "never"))
+@pytest.mark.parametrize("name", ("config.json", "best/model.safetensors", "last/x", "tensorboard/events", "log.jsonl"))
+def test_a_folder_that_no_run_wrote_is_refused(tmp_path, name, resume):
+    """A model's own folder above all, whose config.json a run would write over."""
+    if name == "config.json":
+        save_checkpoint(tmp_path / "run", bert(), None)
+    else:
+        (tmp_path / "run" / name).parent.mkdir(parents=True)
+        (tmp_path / "run" / name).write_text("theirs")
+        (tmp_path / "run/config.json").write_text('{"model_type": "bert"}')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir is \S+/run; it holds config.json, which no run left there; take"):
+        train(tmp_path / "run", resume=resume)
+    (tmp_path / "run/config.json").unlink()
+    if name not in ("config.json", "log.jsonl"):  # with a log it may be a run whose settings were lost
+        with pytest.raises(ValueError, match=f"it holds {Path(name).parts[0]}, which no run left there"):
+            train(tmp_path / "run", resume=resume)
+        assert contents(tmp_path) == {path: text for path, text in before.items() if path.name != "config.json"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("last/model.safetensors", b"cut"), ("results.json", b"null"), ("results.json", b"{"), ("last", None)],
+)
+def test_a_finished_run_that_is_damaged_is_one_line(tmp_path, monkeypatch, file, content):
+    """Without `last` its path could be a name on the hub, which is not asked."""
+    monkeypatch.chdir(tmp_path)
+    train(Path("run"))
+    path = tmp_path / "run" / file
+    path.write_bytes(content) if content is not None else shutil.rmtree(path)
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match=r"what a finished run left there cannot be read .*; resume never starts anew"):
+        train(Path("run"))
+    train(Path("run"), resume="never")
+
+
 def test_other_data_and_models_are_refused(tmp_path):
     def run(train=0, evaluation=1, teacher=0, student=1, dropout=0.1, hook=None):
         model = bert(2, seed=student, dropout=dropout)

@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -263,11 +264,38 @@ def test_scores_are_of_texts_as_long_as_in_training(data, pretrained, tmp_path, 
         ("{", "is damaged"),
         ('{"max_length": "x"}', "max_length is x"),
         ('{"max_length": 33}', "33"),
+        ('{"num_texts": [2]}', "num_texts is [2]"),
+        ("[1]", "is damaged"),
     ):
         (best / "training.json").write_text(content)
         assert main(["evaluate", *flags, str(best)]) == 2
         err = capsys.readouterr().err
         assert told in err and err.count("\n") == 1, err
+
+
+def test_pairs_are_not_scored_by_their_first_texts(tmp_path, pretrained, capsys):
+    """Nor single texts as pairs: without a word it would be another input than the model learned from."""
+    data, pair = tmp_path / "data", ["--text-pair-column", "plot"]
+    for split in ("train", "validation", "test"):
+        write(data, split, [(text, "a " + text, label) for text, label in ROWS], header=["review", "plot", "stars"])
+    assert train("finetune", data, tmp_path / "pairs", "--model", pretrained, *pair) == 0
+    assert train("finetune", data, tmp_path / "single", "--model", pretrained) == 0
+    for model, right, wrong, told in (
+        ("pairs", pair, [], "text_pair_column is None; model {} was trained on pairs of texts"),
+        ("single", [], pair, "text_pair_column is set; model {} was trained on single texts"),
+    ):
+        best, out = tmp_path / model / "best", tmp_path / f"{model}-predictions"
+        assert run("evaluate", data, "--model", best, *right) == 0
+        assert run("predict", data, "--model", best, "--output-dir", out, *right) == 0
+        shutil.rmtree(out)
+        capsys.readouterr()
+        assert run("evaluate", data, "--model", best, *wrong) == 2
+        assert run("predict", data, "--model", best, "--output-dir", out, *wrong) == 2
+        err = capsys.readouterr().err
+        assert err.count(told.format(best)) == err.count("\n") == 2, err
+        assert not out.exists()
+        (best / "training.json").unlink()  # as of a model from elsewhere
+        assert run("evaluate", data, "--model", best, *wrong) == 0
 
 
 def test_scores_that_cannot_be_computed_are_told_before_anything_else(data, pretrained, tmp_path, capsys, monkeypatch):
