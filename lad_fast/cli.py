@@ -232,7 +232,13 @@ def parse(argv: Sequence[str]):
         defaults = _recipe_defaults(kind, argv[1:]) if argv[:1] == [command.name] else {}
         markers = tyro.conf.subcommand(command.name, prefix_name=False, **defaults)
         kinds.append(Annotated[kind, markers])
-    return _parse(Union[tuple(kinds)], argv)  # noqa: UP007 - the members are known only here
+    command = _parse(Union[tuple(kinds)], argv)  # noqa: UP007 - the members are known only here
+    if command is None:
+        return None
+    # A shell leaves the ~ of --output-dir=~/run to the program; a folder of that name is nobody's wish.
+    values = {field.name: getattr(command, field.name) for field in dataclasses.fields(command)}
+    paths = {name: Path(os.path.expanduser(value)) for name, value in values.items() if isinstance(value, Path)}
+    return dataclasses.replace(command, **paths)
 
 
 def _recipe_defaults(kind: type, argv: Sequence[str]) -> dict:

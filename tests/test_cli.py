@@ -175,6 +175,12 @@ def test_wrong_call_in_a_process_of_its_own(tmp_path):
     assert "--seed" in line
 
 
+def test_home_is_home_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = parse(["predict", "--task=rte", "--model=m", "--output-dir=~/out", "--data-dir=~", "--cache-dir=a~/~"])
+    assert (command.output_dir, command.data_dir, command.cache_dir) == (tmp_path / "out", tmp_path, Path("a~/~"))
+
+
 @pytest.mark.parametrize("command", ("distill --help", "doctor"))
 def test_a_reader_that_leaves_early_is_no_error(command, tmp_path):
     """As `lad-fast distill --help | head` does."""
