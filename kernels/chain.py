@@ -819,6 +819,7 @@ class _Plan:
         self.seq_len = self.num_tokens if self.per_token else norm_weight.shape[1]
         self.groups = self.num_tokens if self.per_token else self.examples  # what shares one mean
         self.choice = lc.chain(state, matmul_dtype, self.per_token)
+        self.other_tiles = lc.other_tiles(state, matmul_dtype)
         self.matmul_dtype = matmul_dtype
         self.where = {"mask_ptr": row_mask, "cu_seqlens_ptr": cu_seqlens if self.packed else None}
         self.mode = {"PER_TOKEN": self.per_token, "MASKED": row_mask is not None, "PACKED": self.packed}
@@ -838,6 +839,19 @@ class _Plan:
         # Row tiles after which one begins where an example does.
         period = 1 if self.per_token else math.lcm(tile.block_m, self.seq_len) // tile.block_m
         return at_once // period * period * tiles
+
+    def forward_launch(self) -> tuple[str, lc.GemmLaunch, int]:
+        """Form, tile and waiting programs of the forward launch: as chosen, where its programs can wait.
+
+        Else with a tile of which fewer are needed: two launches a gate, the last resort, cost more than an idle
+        multiprocessor does.
+        """
+        form = self.choice.forward
+        tiles = [self.choice.epilogue] if form == "cublas" else [self.choice.gemm, *self.other_tiles]
+        for tile in tiles if form != "triton" else ():
+            if waiting := self.waiting_programs(tile):
+                return form, tile, waiting
+        return "triton", self.choice.gemm, 0
 
     def tiling(self, tile: lc.GemmLaunch) -> dict:
         """Arguments that follow from a tile's size."""
@@ -879,11 +893,7 @@ def forward(
     """Launch n gates and, where there are students, the hidden loss."""
     plan = _Plan(hidden[0], matmul_dtype, norm_weight, row_mask, cu_seqlens, seq_len)
     num_gates, start = len(weight), hidden[0]
-    form = plan.choice.forward
-    tile = plan.choice.epilogue if form == "cublas" else plan.choice.gemm
-    waiting = plan.waiting_programs(tile)
-    if not waiting:
-        form, tile = "triton", plan.choice.gemm
+    form, tile, waiting = plan.forward_launch()
     master = None
     if form == "persistent" and weight.dtype != matmul_dtype:  # cast in the same launch
         master, weight = weight, torch.empty_like(weight, dtype=matmul_dtype)

@@ -93,7 +93,8 @@ class Size:
 # Tiles by architecture and kind of product, the largest first. Kinds: "half" states and products in 16 bits; "mixed"
 # float32 states, 16-bit products (autocast); "tf32" and "ieee" float32 as torch's setting says. Kinds with float32
 # states take narrower tiles: their epilogues hold twice the registers. sm_80 also serves 8.6, 8.9 and 12.0, whose
-# shared memory (99 KiB) its rows fit; sm_100 also 10.3. No tile spills in any mode (tests/kernels/test_aot.py).
+# shared memory (99 KiB) its rows fit; sm_100 also 10.3. No tile spills in any mode of three layers; few registers of an
+# epilogue do under twelve (tests/kernels/test_aot.py).
 GEMM = {
     ("sm_80", "half"): (GemmLaunch(128, 128, 32, 8, 3, 1, 2), GemmLaunch(64, 64, 64, 8, 3, 1)),
     ("sm_80", "mixed"): (GemmLaunch(64, 64, 32, 8, 3, 1, 2),),
@@ -371,6 +372,14 @@ def chain(state: Tensor, matmul_dtype: torch.dtype, per_token: bool) -> ChainLau
     num_tokens, hidden_size = state.shape
     norm = "token" if per_token else "sequence"
     return choose(gpu(state.device), Size(kind(state.dtype, matmul_dtype), _bucket(num_tokens), hidden_size, norm))
+
+
+def other_tiles(state: Tensor, matmul_dtype: torch.dtype) -> list[GemmLaunch]:
+    """Tiles for states (T, D) beside the one of :func:`chain`, the largest first; none where a launch is forced."""
+    if _forced is not None or interpreted():
+        return []
+    device, of = gpu(state.device), kind(state.dtype, matmul_dtype)
+    return [tile for tile in GEMM[device.architecture, of] if _fits(device, of, tile)]
 
 
 def room_for_gates(device: torch.device) -> int | None:

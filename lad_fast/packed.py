@@ -2,7 +2,8 @@
 
 Everything in an encoder but attention treats each token on its own, so a batch of B examples is one row (1, T) of
 T tokens. Attention is told where examples end: on a GPU in half precision a flash kernel takes the bounds
-themselves; elsewhere queries, keys and values alone are spread out to (B, S) and back.
+themselves, if it takes the heads (:func:`has_flash`); elsewhere queries, keys and values alone are spread out to (B, S)
+and back.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Packing", "can_pack", "enable_packing", "pooled_logits"]
+__all__ = ["Packing", "can_pack", "enable_packing", "has_flash", "packs_fast", "pooled_logits"]
 
 ATTENTION = "lad_fast_packed"
 
@@ -54,11 +55,20 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, D / heads)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if has_flash(query.device, query.dtype, query.shape[-1]):
         output = _flash(query, key, value, packing, dropout, scaling)
     else:
         output = _spread(query, key, value, packing, dropout, scaling)
     return output[None], None
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's flash kernel takes packed batches there, forward and backward; the heads as they are, since it
+    pads none."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # Properties, which torch.compile can read, and the capability it cannot. Wider heads' backward is for some GPUs.
+    return torch.cuda.get_device_properties(device).major >= 8 and head_dim % 8 == 0 and head_dim <= 192
 
 
 def _flash(query, key, value, packing: Packing, dropout: float, scaling: float | None) -> Tensor:
@@ -89,6 +99,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for padded batches, wit
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether the model's head reads nothing but each example's first token, in a way known here."""
     return _head(model) is not None
+
+
+def packs_fast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed batches save the model more than they cost: their attention needs no padding either."""
+    heads = getattr(model.config, "num_attention_heads", 1)
+    return can_pack(model) and has_flash(device, dtype, model.config.hidden_size // heads)
 
 
 def enable_packing(model: PreTrainedModel) -> None:

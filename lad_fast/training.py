@@ -53,7 +53,7 @@ from lad_fast.models import (
     run_model,
     save_checkpoint,
 )
-from lad_fast.packed import can_pack, enable_packing
+from lad_fast.packed import enable_packing, packs_fast
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.strategies import STRATEGIES
 from lad_fast.tasks import DataConfig, find_task
@@ -457,8 +457,8 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
         precision = fastest_precision(device)
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
-        flash = device.type == "cuda" and precision in HALF
-        can_be = flash and not counts_padding and not config.cuda_graphs and all(map(can_pack, models))
+        dtype = getattr(torch, precision) if precision in HALF else torch.float32
+        can_be = not counts_padding and not config.cuda_graphs and all(packs_fast(m, device, dtype) for m in models)
         padding = "packed" if can_be else "longest"
     if padding == "packed":
         if counts_padding:

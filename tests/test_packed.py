@@ -1,11 +1,13 @@
 """Packed batches give what padded ones give, for each family whose head is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from lad_fast.models import model_inputs, run_model
-from lad_fast.packed import Packing, _flash, _spread, can_pack, enable_packing
+from lad_fast.packed import Packing, _flash, _spread, can_pack, enable_packing, has_flash, packs_fast
 
 LENGTHS = (5, 9, 1, 9)
 
@@ -93,6 +95,48 @@ def test_attention_dropout_acts():
     torch.manual_seed(0)
     first, second = (run_model(model, inputs)[0] for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "major", "dtype", "has"),
+    [
+        (64, 9, torch.bfloat16, True), (64, 8, torch.float16, True), (192, 10, torch.bfloat16, True),
+        (26, 9, torch.bfloat16, False), (200, 9, torch.bfloat16, False),  # TinyBERT's 312 / 12; too wide
+        (64, 7, torch.float16, False),  # T4 and V100
+        (64, 9, torch.float32, False),
+    ],
+)  # fmt: skip
+def test_where_flash_takes_packed_batches(monkeypatch, head_dim, major, dtype, has):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    device = torch.device("cuda", 0)
+    assert has_flash(device, dtype, head_dim) == has
+    assert not has_flash(torch.device("cpu"), dtype, head_dim)
+    model = classifier("bert")
+    model.config.hidden_size, model.config.num_attention_heads = 2 * head_dim, 2
+    assert packs_fast(model, device, dtype) == has
+    model.classifier = torch.nn.Sequential(model.classifier)  # a head that is not known
+    assert not packs_fast(model, device, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("hidden_size", (128, 52))
+def test_packed_on_a_gpu_is_as_padded(hidden_size):
+    """With heads of 64, by flash, and of 26, which it does not take."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=hidden_size, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
+    )
+    model = BertForSequenceClassification(config).cuda().eval()
+    enable_packing(model)
+    results = []
+    for batch in both_ways():
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = run_model(model, model_inputs(model, batch)[0])[0].float()
+        model.zero_grad()
+        logits.square().sum().backward()
+        results.append([logits, *(p.grad.clone() for p in model.parameters())])
+    for padded, packed in zip(*results, strict=True):
+        assert (padded - packed).norm() <= 3e-2 * padded.norm() + 1e-6
 
 
 @pytest.mark.cuda

@@ -211,9 +211,11 @@ def inspect(compiled, architecture: str) -> Figures:
     )
 
 
-def run_chain(norm: str, mode: str, keep: str, need_hidden: bool, dtype, matmul_dtype) -> None:
-    """Every launch of the chain, with a student at the chain's start and one at its end, and logits."""
-    examples, length, hidden_size, gates = 4, 64, 768, 2
+def run_chain(
+    norm: str, mode: str, keep: str, need_hidden: bool, dtype, matmul_dtype, targets=(0, 2), student_dtype=None
+) -> None:
+    """Every launch of the chain up to its last target, by default with a student at its start, too; and logits."""
+    examples, length, hidden_size, gates = 4, 64, 768, targets[-1]
     num_tokens = examples * length
     hidden = [torch.empty(num_tokens, hidden_size, dtype=dtype) for _ in range(gates + 1)]
     weight = torch.empty(gates, hidden_size, hidden_size)
@@ -224,12 +226,12 @@ def run_chain(norm: str, mode: str, keep: str, need_hidden: bool, dtype, matmul_
         torch.arange(0, num_tokens + 1, length, dtype=torch.int32) if mode == "packed" else None,
         0 if mode == "packed" else length,
     )
-    student, targets = hidden[:2], [0, gates]
-    out = chain.forward(hidden, student, targets, weight, *parameters, *where, 1e-5, matmul_dtype, 1.0, keep)
+    student = [torch.empty_like(hidden[0], dtype=student_dtype) for _ in targets]
+    out = chain.forward(hidden, student, list(targets), weight, *parameters, *where, 1e-5, matmul_dtype, 1.0, keep)
     slope = torch.empty(examples, 3)
     chain.backward(
-        [], out.losses, out.factor, hidden, student, targets, out.weight, *parameters, out.states, out.gates, out.mean,
-        out.rstd, *where, True, need_hidden, True, (slope, out.factor, slope.to(dtype)),
+        [], out.losses, out.factor, hidden, student, list(targets), out.weight, *parameters, out.states, out.gates,
+        out.mean, out.rstd, *where, True, need_hidden, True, (slope, out.factor, slope.to(dtype)),
     )  # fmt: skip
 
 
@@ -243,9 +245,11 @@ def run_losses(dtype) -> None:
     logit_loss.distill_loss_forward(logits[:, :1], logits[:, :1], labels.float(), 10.0, 0.5, 0.5, True, losses)
 
 
-def table(architectures, precisions, cases=CASES) -> list[Row]:
+def table(architectures, precisions, cases=CASES, deep=False) -> list[Row]:
     """Compile all kernels in some cases, the chain's with each tile; of what compiles to the same, the first is a
-    row."""
+    row. Deep: twelve layers and six students in float32, as under a cached teacher, where the cases have three and
+    two."""
+    chain_options = {"targets": (1, 3, 5, 7, 9, 11), "student_dtype": torch.float32} if deep else {}
     rows, figures = [], {}
     for architecture, precision in itertools.product(architectures, precisions):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -273,8 +277,8 @@ def table(architectures, precisions, cases=CASES) -> list[Row]:
                     settings = launch.settings(forward, backward, tile, multiprocessors=100)
                     blocks = {(t.block_m, t.block_n): t.blocks_per_sm for t in (settings.gemm, settings.epilogue)}
                     mode = f"{norm} {padding}"
-                    with mock.patch.object(launch, "chain", lambda *rest, settings=settings: settings):
-                        run_chain(norm, padding, keep, need_hidden, dtype, matmul_dtype)
+                    with launch.forced(settings):
+                        run_chain(norm, padding, keep, need_hidden, dtype, matmul_dtype, **chain_options)
     return rows
 
 
@@ -347,13 +351,15 @@ def main() -> None:
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", choices=[*PRECISIONS, "float16"], default=list(PRECISIONS))
     parser.add_argument("--every-mode", action="store_true", help="each form in each mode: takes an hour")
+    parser.add_argument("--deep", action="store_true", help="twelve layers, as in training, where the cases have three")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--markdown", action="store_true", help="print the short table that docs/kernels.md has")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put that table between {' and '.join(MARKERS)}")
     arguments = parser.parse_args()
     if launch.interpreted():
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    rows = table(arguments.architecture, arguments.precision, EVERY_CASE if arguments.every_mode else CASES)
+    cases = EVERY_CASE if arguments.every_mode else CASES
+    rows = table(arguments.architecture, arguments.precision, cases[:1] if arguments.deep else cases, arguments.deep)
     print(markdown_table(rows) if arguments.markdown else text_table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -17,6 +17,8 @@ from lad_fast.kernels import launch
 from lad_fast.kernels.launch import Device, Size, candidates, choose, heuristic
 
 triton = pytest.importorskip("triton")
+chain = pytest.importorskip("lad_fast.kernels.chain")
+
 KIB = 1024
 H200 = Device("NVIDIA H200", "sm_90", 132, 227 * KIB)
 A100 = Device("NVIDIA A100-SXM4-80GB", "sm_80", 108, 163 * KIB)
@@ -110,6 +112,37 @@ def test_lengths_share_a_launch_by_buckets(no_interpreter, monkeypatch):
         launch.chain(torch.empty(num_tokens, 40, device="meta"), torch.bfloat16, per_token=True)
     assert seen[0] == Size("mixed", 256, 40, "token")
     assert [size.tokens for size in seen] == [256, 256, 256, 512, 512, 1024, 16384, 16384, 16384, 16384]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "block_m"),
+    [("half", 480, 64), ("half", 900, 128), ("half", 1700, 128), ("half", 2816, 128), ("half", 2848, 0),
+     ("mixed", 480, 64), ("mixed", 900, 128), ("mixed", 1408, 128), ("mixed", 1440, 0)],
+)  # fmt: skip
+def test_packed_batches_take_a_tile_whose_programs_all_run_at_once(no_interpreter, kind, num_tokens, block_m):
+    """The smaller one, of which each multiprocessor gets one, would be more than run at once, and two launches a gate.
+
+    132 multiprocessors take 22 row tiles of 128 columns, 11 of 64.
+    """
+    state = torch.empty(num_tokens, 768, dtype=torch.bfloat16 if kind == "half" else torch.float32, device="meta")
+    norm_weight = torch.empty(1, 128, 768, device="meta")
+    cu_seqlens = torch.empty(num_tokens // 32 + 1, dtype=torch.int32, device="meta")
+    plan = chain._Plan(state, torch.bfloat16, norm_weight, None, cu_seqlens, 0)
+    form, tile, waiting = plan.forward_launch()
+    if block_m:
+        assert (form, tile.block_m) == ("persistent", block_m)
+        row_tiles, columns = -(-num_tokens // tile.block_m), -(-768 // tile.block_n)
+        assert waiting == row_tiles * columns <= plan.choice.programs(tile)
+    else:
+        assert (form, tile, waiting) == ("triton", plan.choice.gemm, 0)
+
+
+def test_a_forced_tile_gets_no_other(no_interpreter):
+    state = torch.empty(900, 768, dtype=torch.bfloat16, device="meta")
+    tile = launch.GEMM["sm_90", "half"][1]
+    where = torch.empty(1, 128, 768, device="meta"), None, torch.empty(30, dtype=torch.int32, device="meta"), 0
+    with launch.forced(launch.settings("persistent", "persistent", tile, 132)):
+        assert chain._Plan(state, torch.bfloat16, *where).forward_launch() == ("triton", tile, 0)
 
 
 def test_what_was_measured_goes_before_the_heuristic(no_interpreter, cache):
