@@ -46,7 +46,10 @@ class Case:
     norm: str
     mode: str
 
-    def gradients(self, dtype: torch.dtype, device: torch.device, backend: str, work: torch.dtype | None = None):
+    def gradients(
+        self, dtype: torch.dtype, device: torch.device, backend: str, work: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+    ):  # fmt: skip
         """Loss and gradients by states rounded to ``dtype``, computed in ``work`` or else in ``dtype``; on the CPU."""
         torch.manual_seed(0)
         lengths, width = torch.tensor(self.lengths), max(self.lengths)
@@ -63,11 +66,12 @@ class Case:
         objective = LADObjective(gates, self.layers // 2, backend=backend).to(device, work)
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
         mask = (torch.arange(width) < lengths[:, None]).to(device)
-        loss = objective(
-            student, teacher, logits, other_logits, torch.arange(len(lengths), device=device) % 2,
-            attention_mask=mask if self.mode == "masked" else None,
-            cu_seqlens=bounds if self.mode == "packed" else None,
-        ).loss  # fmt: skip
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = objective(
+                student, teacher, logits, other_logits, torch.arange(len(lengths), device=device) % 2,
+                attention_mask=mask if self.mode == "masked" else None,
+                cu_seqlens=bounds if self.mode == "packed" else None,
+            ).loss  # fmt: skip
         leaves = [*student, logits, *objective.parameters()]
         return [g.detach().double().cpu() for g in (loss, *torch.autograd.grad(loss, leaves))]
 
@@ -81,20 +85,26 @@ def cases(*sizes: tuple[tuple[int, ...], int, int]) -> list[Case]:
     ]
 
 
-def forms(dtype: torch.dtype) -> list[launch.ChainLaunch]:
-    """A launch in every form, with every tile that this GPU has for states of one dtype."""
-    gpu = launch.gpu(DEVICE)
+def forms(kind: str) -> list[launch.ChainLaunch]:
+    """A launch in every form, with every tile that this GPU has for one of KINDS."""
+    gpu, (dtype, autocast) = launch.gpu(DEVICE), KINDS[kind]
     return [
         launch.settings(forward, backward, tile, gpu.multiprocessors)
-        for tile in launch.GEMM[gpu.architecture, launch.kind(dtype, dtype)]
+        for tile in launch.GEMM[gpu.architecture, launch.kind(dtype, autocast or dtype)]
         for forward, backward in (("triton", "triton"), ("cublas", "triton"), ("persistent", "persistent"))
     ]
 
 
 SMALL = ((5, 9, 3), 72, 4)
 USUAL = ((128, 31, 77, 1), 768, 6)
-# Of a gradient's norm: one rounding of every stored intermediate along the chain.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# The dtype of states, and autocast's. "mixed" is how a model trains in half precision: its states come out of layer
+# norms, which autocast leaves in float32.
+KINDS = {
+    "float32": (torch.float32, None), "float16": (torch.float16, None), "bfloat16": (torch.bfloat16, None),
+    "mixed": (torch.float32, torch.bfloat16),
+}  # fmt: skip
+# Of a gradient's norm: one rounding of every stored intermediate along the chain, or of every operand of a product.
+TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2, "mixed": 2e-2}
 
 
 def at_once(function: Callable, *arguments: list) -> Iterator:
@@ -108,12 +118,13 @@ def at_once(function: Callable, *arguments: list) -> Iterator:
         yield from pool.map(function, *arguments)
 
 
-def _error(case: Case, dtype: torch.dtype, i_form: int) -> tuple[float, str]:
+def _error(case: Case, kind: str, i_form: int) -> tuple[float, str]:
     """The worst relative error of loss and gradients against the reference in float64, and what was raised."""
+    dtype, autocast = KINDS[kind]
     expected = case.gradients(dtype, torch.device("cpu"), "reference", work=torch.float64)
     try:
-        with launch.forced(forms(dtype)[i_form]):
-            found = case.gradients(dtype, DEVICE, "triton")
+        with launch.forced(forms(kind)[i_form]):
+            found = case.gradients(dtype, DEVICE, "triton", autocast=autocast)
     except Exception as error:  # behind some of them the process has no GPU any more: the first one tells
         return math.inf, f"{type(error).__name__}: {error}"
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
@@ -121,15 +132,20 @@ def _error(case: Case, dtype: torch.dtype, i_form: int) -> tuple[float, str]:
 
 
 def check() -> None:
-    """Every form against the reference in float64: both norms, padding counted, masked and packed, three dtypes."""
-    work = [(case, dtype, i) for case in cases(USUAL, SMALL) for dtype in TOLERANCE for i in range(len(forms(dtype)))]
+    """Every form against the reference in float64: both norms, padding counted, masked and packed, each kind.
+
+    float16, whose kernels are bfloat16's but for a type, on small sizes alone: compiling them takes long.
+    """
+    every = [(case, kind) for case in cases(USUAL) for kind in KINDS if kind != "float16"]
+    every += [(case, kind) for case in cases(SMALL) for kind in KINDS]
+    work = [(case, kind, i) for case, kind in every for i in range(len(forms(kind)))]
     wrong = 0
     found = at_once(_error, *zip(*work, strict=True))
-    for (case, dtype, i), (error, raised) in zip(work, found, strict=True):
-        choice, is_right = forms(dtype)[i], error <= TOLERANCE[dtype]
+    for (case, kind, i), (error, raised) in zip(work, found, strict=True):
+        choice, is_right = forms(kind)[i], error <= TOLERANCE[kind]
         wrong += not is_right
         how = f"{choice.forward} {choice.gemm.block_m} x {choice.gemm.block_n}"
-        print("right" if is_right else "WRONG", f"{error:.1e} {case} {dtype} {how} {raised}", flush=True)
+        print("right" if is_right else "WRONG", f"{error:.1e} {case} {kind} {how} {raised}", flush=True)
     print(f"{len(work)} launches, {wrong} wrong")
     sys.exit(wrong > 0)
 
@@ -137,7 +153,7 @@ def check() -> None:
 def small() -> None:
     """Every kind of Triton kernel, forward and backward, on odd sizes: what a sanitizer can follow in a minute."""
     for case in cases(SMALL):
-        for choice in forms(torch.bfloat16):
+        for choice in forms("bfloat16"):
             with launch.forced(choice):
                 case.gradients(torch.bfloat16, DEVICE, "triton")
 
@@ -145,20 +161,25 @@ def small() -> None:
 TIMED = (ObjectiveShape(480, 768, 12, seq_len=32), ObjectiveShape(4096, 768, 12))
 
 
-def _seconds(shape: ObjectiveShape, i_form: int) -> float:
-    contestant = Contestant("triton", "objective", Problem(shape, "bfloat16"))
-    with launch.forced(forms(torch.bfloat16)[i_form]):
+def _seconds(shape: ObjectiveShape, kind: str, i_form: int) -> float:
+    problem = Problem(shape, "bfloat16")
+    problem.teacher = [state.to(KINDS[kind][0]) for state in problem.teacher]
+    contestant = Contestant("triton", "objective", problem)
+    with launch.forced(forms(kind)[i_form]):
         return median_seconds(contestant.step)
 
 
 def time_forms() -> None:
-    """Forward and backward of the objective in every form, at the sizes of the benchmarks' first table."""
-    work = [(shape, i) for shape in TIMED for i in range(len(forms(torch.bfloat16)))]
+    """Forward and backward of the objective in every form, at the sizes of the benchmarks' first table: with a cached
+    teacher's states, and with those that it hands over."""
+    kinds = ("bfloat16", "mixed")
+    work = [(shape, kind, i) for shape in TIMED for kind in kinds for i in range(len(forms(kind)))]
     list(at_once(_seconds, *zip(*work, strict=True)))  # compiles; what it times runs beside the others
-    for shape, i in work:
-        choice = forms(torch.bfloat16)[i]
+    for shape, kind, i in work:
+        choice = forms(kind)[i]
         tile = f"{choice.gemm.block_m} x {choice.gemm.block_n}"
-        print(f"{shape}, {choice.forward} and {choice.backward}, {tile}: {1e6 * _seconds(shape, i):.0f} us", flush=True)
+        how = f"{kind}, {choice.forward} and {choice.backward}, {tile}"
+        print(f"{shape}, {how}: {1e6 * _seconds(shape, kind, i):.0f} us", flush=True)
 
 
 def profile(folder: Path) -> None:

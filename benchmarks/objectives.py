@@ -57,7 +57,7 @@ class Problem:
         self.highway = published_gates(self.gates)
         size = (batch_size, seq_len, shape.hidden_size)
         self.teacher = [normal(*size) for _ in range(shape.layers)]
-        self.student = [normal(*size).requires_grad_() for _ in range(num_student)]
+        self.student = [normal(*size, dtype=torch.float32).requires_grad_() for _ in range(num_student)]
         self.aggregates = [normal(*size).requires_grad_() for _ in range(num_student)]
         self.upstream = [normal(*size) / size[0] for _ in range(num_student)]
         self.logits = normal(batch_size, 2, dtype=torch.float32).requires_grad_()

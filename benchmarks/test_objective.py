@@ -2,7 +2,8 @@
 
 Before a case is timed, the contestant has to give the reference's gradients. The objective's sizes are BERT-base's
 (D 768, L 12, K 6): 480 tokens, a packed SST-2 batch; 4096, the published batch of 32 examples padded to 128. In
-bfloat16, states are bfloat16 on a GPU; on a CPU they stay float32 under autocast, as a model hands them over there.
+bfloat16, states are float32 under autocast, as a model hands them over; on a GPU the teacher's are bfloat16, as a cache
+does.
 """
 
 import pytest

