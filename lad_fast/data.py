@@ -224,7 +224,7 @@ class Batches:
     shuffled, sorted by length within runs of 50 batches and cut into batches, whose order is shuffled again:
     random batches with little padding. Without ``shuffle`` grouping puts the longest first, and ``ids`` tells
     which is which. ``DataLoader(batches, batch_size=None, num_workers=n)`` gives the same batches, in forked and in
-    spawned processes; pin them there, by its ``pin_memory``.
+    spawned processes, also in ``persistent_workers``; pin them there, by its ``pin_memory``.
 
     A batch is a dict of CPU tensors: ``input_ids``, ``attention_mask`` (1 for real tokens) and, if the
     tokenizer has them, ``token_type_ids``, each (B, S) int64; ``labels`` (B,) int64 class ids or float32
@@ -308,7 +308,9 @@ class Batches:
         self._group = group_by_length and padding != "max_length"
         self._pin_memory = pin_memory
         self._part, self._parts = part, parts
-        self.set_epoch(0)
+        # In memory that worker processes share, which may live through several epochs.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._planned: tuple[int, list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -326,6 +328,17 @@ class Batches:
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch is {epoch!r}; it takes an integer of at least 0")
+        self._epoch.fill_(epoch)
+
+    @property
+    def _plan(self) -> list[np.ndarray]:
+        """The epoch's batches, as places in the split."""
+        epoch = int(self._epoch)
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._make_plan(epoch)
+        return self._planned[1]
+
+    def _make_plan(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self._seed, epoch))
         order = rng.permutation(len(self.split)) if self._shuffle else np.arange(len(self.split))
         order = order[: self.num_examples]
@@ -333,9 +346,10 @@ class Batches:
             run = _MEGA_BATCH * self.batch_size if self._shuffle else len(order)
             runs = [order[i : i + run] for i in range(0, len(order), run)]
             order = np.concatenate([rows[np.argsort(-self._lengths[rows], kind="stable")] for rows in runs])
-        self._plan = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        plan = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         if self._group and self._shuffle:
-            self._plan = [self._plan[i] for i in rng.permutation(len(self._plan))]
+            plan = [plan[i] for i in rng.permutation(len(plan))]
+        return plan
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for rows in self._plan:
@@ -387,7 +401,7 @@ class Batches:
         if self.split.labels is not None:
             batch["labels"] = torch.from_numpy(self.split.labels[rows])
         batch["ids"] = torch.from_numpy(self.split.ids[rows])
-        batch["index"] = torch.from_numpy(rows)
+        batch["index"] = torch.from_numpy(rows.copy())  # the plan is not for others to change
         if self._parts > 1:
             counts = [[len(part), self._lengths[part].sum()] for part in (own, whole)]
             batch["counts"] = torch.tensor(counts, dtype=torch.int64)

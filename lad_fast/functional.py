@@ -60,7 +60,8 @@ def fused_aggregate(
         backend: None, "triton", "torch" or "reference".
 
     Returns:
-        One tensor a requested layer, with shape, dtype and device of a hidden state.
+        One tensor a requested layer, with shape, dtype and device of a hidden state. They may share memory with one
+        another and, layer 0, with ``hidden_states``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -81,6 +82,8 @@ def fused_aggregate(
         return (chain.first_aggregate(),) * len(positions)
     wanted = sorted({i - 1 for i in positions if i > 0})
     aggregates = ops.aggregate(*chain.tensors(states, max(positions)), wanted, **chain.options(eps))
+    if not torch.is_grad_enabled() and len(wanted) < max(positions):
+        aggregates = [a.clone() for a in aggregates]  # all lie in one tensor: kept, few would keep every one
     by_position = {i + 1: a.view(states[0].shape) for i, a in zip(wanted, aggregates, strict=True)}
     if 0 in positions:
         by_position[0] = chain.first_aggregate()
@@ -414,6 +417,8 @@ def _check_tensor(name: str, tensor) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; it takes a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; it takes a dense tensor")
+    if hasattr(tensor, "device_mesh"):  # a DTensor's; its class would have to be imported
+        raise TypeError(f"{name} is a {type(tensor).__name__}; shard the objective as a whole, not its gates")
 
 
 def check_float(name: str, tensor) -> None:
@@ -430,6 +435,8 @@ def check_number(name: str, value) -> None:
         raise TypeError(f"{name} is a Tensor of shape {tuple(value.shape)}; it takes a number")
     if not isinstance(value, Tensor | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is {value!r}; it takes a number"[:200])
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but the loss gives it none; pass {name}.item()")
 
 
 def _check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -95,7 +95,7 @@ class LADTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             for tensor in (*self.objective.parameters(), *self.objective.buffers()):
                 dist.broadcast(tensor.data, src=0)
-        self._check_optimizer()
+        self._check_parameters()
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
         # What torch.compile returns takes anything.
         self._teacher_takes = set(inspect.signature(getattr(teacher, "_orig_mod", teacher).forward).parameters)
@@ -105,8 +105,13 @@ class LADTrainer(Trainer):
         self._zeroed_at: int | None = None  # the step whose gradients the objective holds
         self._sums: dict[str, Tensor | float] = defaultdict(float)
 
-    def _check_optimizer(self) -> None:
-        """An optimizer passed to Trainer has the objective's parameters, which would stay as they were drawn."""
+    def _check_parameters(self) -> None:
+        """None of the objective's parameters would stay as they were drawn."""
+        known = [module for module in (self.objective.gates, self.objective.projections) if module is not None]
+        known = {id(p) for module in known for p in module.parameters()}
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise ValueError(f"objective's {name} would not be trained; LADTrainer trains gates and projections")
         if self.optimizer is None:
             return
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}

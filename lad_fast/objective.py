@@ -84,8 +84,10 @@ class HiddenObjective(nn.Module):
         check_flag("regression", regression)
         self.gates = gates
         self.num_student_layers = num_student_layers
-        self.temperature, self.regression, self.backend = temperature, regression, backend
-        self.soft_weight, self.hard_weight, self.hidden_weight = soft_weight, hard_weight, hidden_weight
+        self.regression, self.backend = regression, backend
+        # No tensor among them, which would be a parameter or could not be traced.
+        for name, value in (weights | {"temperature": temperature}).items():
+            setattr(self, name, value.item() if isinstance(value, Tensor) else value)
         self.projections = None
         if student_hidden_size not in (None, hidden_size):
             self.projections = nn.ModuleList(
@@ -113,7 +115,7 @@ class HiddenObjective(nn.Module):
             student_hidden_states: K tensors (B, S, D'), the embedding output left out (packed: (tokens, D')); or
                 a Hugging Face model output with ``hidden_states`` and ``logits``.
             teacher_hidden_states: L tensors (B, S, D) likewise, or a Hugging Face model output.
-            student_logits, teacher_logits: (B, C); left out where model outputs are passed.
+            student_logits, teacher_logits: (B, C); where model outputs are passed, theirs are taken without.
             labels: (B,) classes, or numbers for regression.
             attention_mask: (B, S); None: padding counts, as published.
             cu_seqlens: (B + 1,) bounds of packed hidden states.
@@ -167,7 +169,8 @@ def every_skipth_layer(num_layers: int, num_student_layers: int) -> tuple[int, .
 class LADObjective(HiddenObjective):
     """``hard * CE + soft * T^2 * KL + mu / K * sum_k mean((h_k - A_{t_k})^2)`` (paper section 3.3).
 
-    Student layer k learns from aggregate ``t_k = k * (L // K)``, counted from 1.
+    Student layer k learns from aggregate ``t_k = k * (L // K)``, counted from 1. The gates' tensors are read, and their
+    ``forward`` is not called: hooks on them do not run, and FSDP is to shard the objective as a whole.
 
     Args:
         gates: the :class:`~lad_fast.GateStack` for the teacher's L layers; trained by the hidden loss.
@@ -256,7 +259,7 @@ def _unpack(name: str, hidden_states, logits):
             raise ValueError(
                 f"{name}_hidden_states is a model output without hidden states; pass output_hidden_states=True"
             )
-        return hidden_states.hidden_states[1:], hidden_states.logits
+        return hidden_states.hidden_states[1:], hidden_states.logits if logits is None else logits
     if logits is None:
         raise ValueError(f"{name}_logits is None; it takes a tensor (B, C)")
     return hidden_states, logits

@@ -77,7 +77,8 @@ class DistillStep:
         objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies`; or a function of
             (student_logits, teacher_logits, labels) where hidden states take no part. None, without a teacher:
             cross-entropy, or squared error for float labels.
-        learning_rate, gate_learning_rate: peaks for the student (with the objective's projections) and gates.
+        learning_rate, gate_learning_rate: peaks for the student (with the objective's projections, and any other
+            parameters that it has) and gates.
         total_steps, warmup_steps: optimizer steps.
         weight_decay: AdamW's.
         max_grad_norm: of the student, and of each gate.
@@ -151,8 +152,9 @@ class DistillStep:
             return "bias" in name or id(parameter) in scales
 
         named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        if self.uses_hidden_states and objective.projections is not None:
-            named += objective.projections.named_parameters()
+        if isinstance(objective, nn.Module):  # projections, and what an objective of one's own has
+            gates = set() if self.gates is None else {id(p) for p in self.gates.parameters()}
+            named += [(n, p) for n, p in objective.named_parameters() if p.requires_grad and id(p) not in gates]
         self.student_parameters = [parameter for _, parameter in named]
         groups = [
             {"params": [p for name, p in named if not is_undecayed(name, p)], "weight_decay": weight_decay},
@@ -267,7 +269,7 @@ class DistillStep:
         optimizer = self.optimizer.state_dict()
         return {
             "student": self.student.state_dict(),
-            "objective": self.objective.state_dict() if self.uses_hidden_states else {},
+            "objective": self.objective.state_dict() if isinstance(self.objective, nn.Module) else {},
             # Its keys are numbers, which JSON does not know as names.
             "optimizer": optimizer | {"state": {str(i): state for i, state in optimizer["state"].items()}},
             "scheduler": self.scheduler.state_dict(),
@@ -278,7 +280,7 @@ class DistillStep:
         """Go on from what :meth:`state_dict` gave."""
         self.is_held = torch.zeros_like(self.is_held)
         self.student.load_state_dict(state["student"])
-        if self.uses_hidden_states:
+        if isinstance(self.objective, nn.Module):
             self.objective.load_state_dict(state["objective"])
         moments = {int(i): moment for i, moment in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
@@ -315,7 +317,7 @@ class DistillStep:
         return {name: value.detach() for name, value in losses.items()}, teacher
 
     def _distributed(self, batch: Prepared) -> DistributedDataParallel:
-        trained = [self.student, *([self.objective] if self.uses_hidden_states else [])]
+        trained = [self.student, *([self.objective] if isinstance(self.objective, nn.Module) else [])]
         # No buffer changes in training; PyTorch 2.13 renames the option that says so.
         names = inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}

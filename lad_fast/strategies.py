@@ -144,7 +144,8 @@ def _first_tokens(states: Sequence[Tensor], attention_mask, cu_seqlens) -> Tenso
         return _wide(torch.stack([h[:, 0] for h in states], dim=1))
     examples = torch.arange(len(attention_mask), device=attention_mask.device)
     columns = (attention_mask != 0).int().argmax(dim=1)
-    return _wide(torch.stack([h[examples, columns] for h in states], dim=1))
+    found = _wide(torch.stack([h[examples, columns] for h in states], dim=1))
+    return found.masked_fill((attention_mask == 0).all(dim=1)[:, None, None], 0)  # of padding alone: see above
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,17 @@ def test_every_example_once_and_unharmed(split, shuffle, group):
         assert seen == split.ids.tolist()
 
 
+def test_a_batch_is_the_callers(split):
+    """To change in place: the next iteration is as the first."""
+    batches = Batches(split, 16, 0, shuffle=True)
+    first = [{name: values.clone() for name, values in batch.items()} for batch in batches]
+    for batch in (*batches, batches.first(), batches[2]):
+        for values in batch.values():
+            values.fill_(0)
+    for before, after in zip(first, batches, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_token_types_and_scores(tokenizer):
     examples = Examples("stsb", "train", ["w0", "w1 w2"], ["w3", "w4"], [1.5, 5.0])
     (batch,) = Batches(tokenize(examples, tokenizer, 16), 2, 0, shuffle=False, group_by_length=False)

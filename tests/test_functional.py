@@ -123,6 +123,10 @@ WRONG = {
     "temperature a string": (distill(temperature="x"), TypeError, "temperature is 'x'"),
     "no soft weight": (distill(soft_weight=None), TypeError, "soft_weight is None"),
     "hard weight a string": (distill(hard_weight="0.5"), TypeError, "hard_weight is '0.5'"),
+    "a weight to be learned": (hidden(weight=torch.ones((), requires_grad=True)), ValueError, "weight requires grad"),
+    "a temperature to be learned": (
+        distill(temperature=torch.ones(1, requires_grad=True)), ValueError, "temperature requires grad"
+    ),
     "weights of two numbers": (distill(hard_weight=torch.ones(2)), TypeError, "hard_weight is a Tensor"),
     "objective's temperature a string": (lambda: LADObjective(STACK, 1, temperature="x"), TypeError, "temperature is"),
     "objective without a weight": (lambda: LADObjective(STACK, 1, soft_weight=None), TypeError, "soft_weight is None"),

@@ -356,6 +356,15 @@ def test_a_teacher_that_cannot_teach_the_student(tmp_path):
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_parameters_that_nothing_would_train_are_refused(tmp_path):
+    own = objective()
+    own.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="objective's scale would not be trained; LADTrainer trains gates and proj"):
+        LADTrainer(bert(2, 1), arguments(tmp_path), teacher=bert(4, 0), objective=own)
+    own.scale.requires_grad_(False)
+    LADTrainer(bert(2, 1), arguments(tmp_path), teacher=bert(4, 0), objective=own)
+
+
 def test_rows_without_labels_are_named(tmp_path):
     class Unlabelled(Examples):
         def __getitem__(self, i: int) -> dict:

@@ -88,6 +88,48 @@ def test_model_outputs_in_place_of_tensors():
     assert torch.equal(out.loss, plain.loss)
 
 
+def test_logits_beside_model_outputs_are_the_ones_taken():
+    """An ensemble's, or calibrated ones."""
+    objective = LADObjective(GateStack(6, 16, 8), 3, backend="torch")
+    student, teacher, student_logits, teacher_logits, labels = batch()
+    outputs = [
+        SimpleNamespace(hidden_states=(states[0], *states), logits=torch.zeros(2, 2)) for states in (student, teacher)
+    ]
+    out = objective(*outputs, student_logits, teacher_logits, labels)
+    assert torch.equal(out.loss, objective(student, teacher, student_logits, teacher_logits, labels).loss)
+
+
+@pytest.mark.parametrize("name", ("temperature", "soft_weight", "hard_weight", "hidden_weight"))
+def test_settings_are_numbers(name):
+    """A tensor of one is read; one that is to learn is refused, since it would get no gradient."""
+    torch._dynamo.reset()
+    gates = GateStack(6, 16, 8)
+    objective = LADObjective(gates, 3, backend="torch", **{name: torch.full((1, 1), 2.0)})
+    assert torch.equal(objective(*batch()).loss, LADObjective(gates, 3, backend="torch", **{name: 2.0})(*batch()).loss)
+    assert objective(*batch()).loss.shape == ()
+    torch.compile(objective, fullgraph=True, backend="eager")(*batch())
+    with pytest.raises(ValueError, match=f"{name} requires grad, but the loss gives it none"):
+        LADObjective(gates, 3, **{name: nn.Parameter(torch.tensor(2.0))})
+
+
+def test_sharded_gates_are_refused_by_name(tmp_path):
+    """By FSDP before the objective, whose own forward would gather them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        objective = LADObjective(GateStack(6, 16, 8), 3, backend="torch")
+        right = objective(*batch()).loss
+        torch.distributed.fsdp.fully_shard(objective, mesh=mesh)
+        torch.testing.assert_close(objective(*batch()).loss, right)
+        objective = LADObjective(GateStack(6, 16, 8), 3, backend="torch")
+        torch.distributed.fsdp.fully_shard(objective.gates, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(objective, mesh=mesh)
+        with pytest.raises(TypeError, match="gates' weight is a DTensor; shard the objective as a whole"):
+            objective(*batch())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_objective_compiles_as_one_graph(backend):
     torch._dynamo.reset()
@@ -154,6 +196,18 @@ def test_objective_keeps_a_third_of_eagers_memory(precision, seq_len):
     assert ours <= eager / 3
     cast_weights = 0 if precision == "float32" else 11 * 32 * 32 * 2
     assert ours < 11.1 * state + cast_weights  # the gates of a chain of twelve layers, and a few numbers
+
+
+@pytest.mark.parametrize("layers", ((5,), (1, 3, 5)))
+def test_an_aggregate_that_is_kept_keeps_no_other(layers):
+    gates = GateStack(6, 16, 8)
+    _, teacher, *_ = batch()
+    right = lad_fast.fused_aggregate(teacher, gates, layers, backend="torch")
+    with torch.no_grad():
+        found = lad_fast.fused_aggregate(teacher, gates, layers, backend="torch")
+    for a, b in zip(found, right, strict=True):
+        assert torch.equal(a, b)
+        assert a.untyped_storage().nbytes() == a.numel() * a.element_size()
 
 
 def test_aggregation_keeps_the_gates():

@@ -224,14 +224,19 @@ def test_counters_belong_to_a_device_and_a_stream(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("context", "padding", "epochs"), [("fork", "longest", [1, 2]), ("fork", "packed", [1]), ("spawn", "packed", [2])]
+    ("context", "padding", "persistent"),
+    [("fork", "longest", True), ("fork", "packed", False), ("spawn", "packed", True)],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside pytest's own threads
-def test_workers_give_the_same_batches(context, padding, epochs):
+def test_workers_give_the_same_batches(context, padding, persistent):
+    """Also those that were started in an earlier epoch."""
     batches = Batches(split(types=True), 3, 0, shuffle=True, seed=5, padding=padding)
-    for epoch in epochs:
+    loader = DataLoader(
+        batches, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=120,
+        persistent_workers=persistent,
+    )  # fmt: skip
+    for epoch in (1, 2):
         batches.set_epoch(epoch)
-        loader = DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context=context, timeout=120)
         for found, expected in zip(loader, batches, strict=True):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -126,7 +126,9 @@ def test_the_teachers_dtype_may_differ(name, dtypes):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_that_is_not_finite_reaches_no_gradient(name):
+    """Nor where an example is of padding alone."""
     arguments, where, _ = inputs("masked", torch.float32)
+    where["attention_mask"][1] = 0
     for states in (*arguments[0], *arguments[1]):
         states.data[where["attention_mask"] == 0] = torch.nan
     out = OBJECTIVES[name](**OPTIONS, backend="torch")(*arguments, **where)

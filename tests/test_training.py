@@ -464,6 +464,50 @@ def test_a_teacher_of_the_students_parameters_is_an_error(share):
         DistillStep(student, teacher, LADObjective(GateStack(4, 16, 16), 2), **options)
 
 
+class Scaled(LADObjective):
+    """With a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(GateStack(4, 16, 16), 2, backend="torch")
+        self.scale = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, student_hidden_states, *rest, **options):
+        scaled = [h * scale for h, scale in zip(student_hidden_states, self.scale, strict=True)]
+        return super().forward(scaled, *rest, **options)
+
+
+class Tempered(torch.nn.Module):
+    """On logits alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_temperature = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, student_logits, teacher_logits, labels):
+        return F.mse_loss(student_logits * self.log_temperature.exp(), teacher_logits)
+
+
+@pytest.mark.parametrize("kind", (Scaled, Tempered))
+def test_parameters_of_an_objective_of_ones_own_are_trained_and_kept(kind):
+    def make():
+        return DistillStep(
+            bert(num_layers=2), bert(), kind(), learning_rate=1e-2, total_steps=4, warmup_steps=1, max_grad_norm=1e9
+        )
+
+    def own(step):
+        return [p for n, p in step.objective.named_parameters() if "gates" not in n]
+
+    step, start, grads = make(), own(make()), []
+    for batch in batches(16, 8):
+        step(batch)
+        grads += [p.grad for p in own(step)]
+    assert not any(torch.equal(a, b) for a, b in zip(own(step), start, strict=True))
+    assert grads == [None, None]  # zeroed behind each step, as all others
+    other = make()
+    other.load_state_dict(step.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(own(other), own(step), strict=True))
+
+
 def test_norms_do_not_decay_by_whatever_name():
     """ModernBERT calls none of its norms LayerNorm."""
     config = ModernBertConfig(
