@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -308,8 +309,10 @@ class Batches:
         self._group = group_by_length and padding != "max_length"
         self._pin_memory = pin_memory
         self._part, self._parts = part, parts
-        # In memory that worker processes share, which may live through several epochs.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # In memory that worker processes share, which may live through several epochs; where the system has any.
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        with suppress(RuntimeError, OSError):
+            self._epoch.share_memory_()
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
     def __len__(self) -> int:
@@ -429,4 +432,6 @@ def check_vocabulary(split: TokenizedSplit, model) -> None:
 
 def num_tokens(batch: dict[str, torch.Tensor]) -> int:
     """Real tokens of a batch."""
+    if "lengths" not in batch and "attention_mask" not in batch:
+        return batch["input_ids"].numel()
     return int(batch["lengths" if "lengths" in batch else "attention_mask"].sum())

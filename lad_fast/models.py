@@ -335,6 +335,7 @@ def build_student(
     Raises:
         ValueError: an argument that does not fit, or a model whose layers cannot be told apart.
     """
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of what torch.compile returned
     prefix, teacher_layers = encoder_layers(teacher)
     total = len(teacher_layers)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= total:
@@ -409,8 +410,8 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
 
     Args:
         model: a sequence classifier.
-        batch: input_ids, attention_mask and, where the model takes them, token_type_ids; each (B, S). Or a
-            packed batch of :class:`~lad_fast.data.Batches`.
+        batch: input_ids, attention_mask (without it every token is real) and, where the model takes them,
+            token_type_ids; each (B, S). Or a packed batch of :class:`~lad_fast.data.Batches`.
 
     Returns:
         Arguments for :func:`run_model`, and the attention mask (B, S) or None where every token is real.
@@ -424,7 +425,7 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
     inputs = {name: batch[name].to(**move) for name in names if name in batch}
     if "lengths" in batch:
         return inputs | {"packing": Packing.from_lengths(batch["lengths"], model.device)}, None
-    if batch["attention_mask"].all():
+    if "attention_mask" not in batch or batch["attention_mask"].all():
         return inputs, None
     mask = batch["attention_mask"].to(**move)
     # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one. But others

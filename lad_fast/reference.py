@@ -90,7 +90,7 @@ def distill_loss(
         hard = F.mse_loss(student_logits.flatten(), labels.to(student_logits.dtype).flatten())
         soft = F.mse_loss(student_logits.flatten(), teacher_logits.flatten())
         return hard_weight * hard + soft_weight * soft
-    hard = F.cross_entropy(student_logits, labels)
+    hard = F.cross_entropy(student_logits, labels.long())
     soft = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=-1),
         F.log_softmax(teacher_logits / temperature, dim=-1),

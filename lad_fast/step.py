@@ -218,10 +218,13 @@ class DistillStep:
         """Move a batch to the device, without a wait, and fetch what the cache holds of the teacher's.
 
         Raises:
-            ValueError: several processes, and a batch that does not say what part of it this process has.
+            ValueError: a batch without labels; or, with several processes, one that does not say what part of it this
+                process has.
         """
         if self.world.size > 1 and "counts" not in batch:
             raise ValueError("batch has no 'counts'; several processes take those of Batches with part and parts")
+        if batch.get("labels") is None:
+            raise ValueError(f"batch has no labels, only {', '.join(batch)}; training takes labelled ones")
         inputs, mask = model_inputs(self.student, batch)
         cache, index = self.teacher_cache, batch.get("index")
         teacher = None

@@ -83,6 +83,14 @@ def test_student_takes_the_teachers_tensors(family, layer_map):
     assert student(**batch()).logits.shape == (2, 2)
 
 
+def test_a_student_of_a_compiled_teacher():
+    teacher = bert()
+    student = build_student(torch.compile(teacher, backend="eager"), 2)
+    assert type(student) is type(teacher)
+    for name, value in build_student(teacher, 2).state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+
+
 def test_student_of_all_layers_is_the_teacher():
     teacher = bert()
     student = build_student(teacher, 4).eval()

@@ -99,6 +99,13 @@ def test_logits_beside_model_outputs_are_the_ones_taken():
     assert torch.equal(out.loss, objective(student, teacher, student_logits, teacher_logits, labels).loss)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_may_be_int32(backend):
+    objective = LADObjective(GateStack(6, 16, 8), 3, backend=backend)
+    *inputs, labels = batch()
+    assert torch.equal(objective(*inputs, labels.int()).loss, objective(*inputs, labels).loss)
+
+
 @pytest.mark.parametrize("name", ("temperature", "soft_weight", "hard_weight", "hidden_weight"))
 def test_settings_are_numbers(name):
     """A tensor of one is read; one that is to learn is refused, since it would get no gradient."""

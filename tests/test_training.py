@@ -447,6 +447,17 @@ def test_teachers_without_hidden_states_are_named(kind, found, tmp_path):
         distill(config, train=split(8), evaluation={}, teacher=kind(bert().config), student=student)
 
 
+def test_a_batch_of_ones_own():
+    """Without a mask every token is real, as in Transformers; without labels there is nothing to train on."""
+    data = batches(4, 4, shortest=8, longest=8)[0]
+    steps = [make_step(), make_step()]
+    right = steps[0](data)
+    found = steps[1]({name: data[name] for name in ("input_ids", "labels")})
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    with pytest.raises(ValueError, match="batch has no labels, only input_ids; training takes labelled ones"):
+        steps[1]({"input_ids": data["input_ids"]})
+
+
 def test_a_teacher_without_an_objective_is_an_error():
     with pytest.raises(ValueError, match="teacher and objective"):
         DistillStep(bert(), bert(), learning_rate=1e-3, total_steps=1, warmup_steps=1)
