@@ -145,6 +145,7 @@ def check_outcome(
         assert error <= of_gradient, f"gradient of {name}: relative error {error:.1e}"
 
 
+@functools.cache  # one gate for all workloads that a contestant is timed on
 def check_contestant(name: str, size: Size, padding: str, mask_padding: bool) -> None:
     """:func:`check_outcome` of a contestant by its name; tests/test_baselines.py holds the published loop."""
     if name == PUBLISHED:  # the others are checked against it where padding counts

@@ -13,10 +13,11 @@ from workloads import SIZES, Workload, load, sample
 BASE = {"precision": "bfloat16", "padding": "longest", "multiple": None, "option": None}
 PYTORCHS = "PyTorch's own dropout, attention and linear layers on a CPU"
 COMPILED = "encoders compiled"
+FLOAT32 = "float32"
 OPTIONS = {
     "as training runs it, no cache": {},
     **({} if ON_GPU else {PYTORCHS: {}}),
-    "float32": {"precision": "float32"},
+    FLOAT32: {"precision": "float32"},
     "widths rounded up to 8": {"multiple": 8},
     "packed": {"padding": "packed"},
     COMPILED: {},
@@ -40,6 +41,8 @@ def test_option(measure, full, examples, name):
         pytest.skip("CUDA graphs take a GPU")
     if name == COMPILED and not full:
         pytest.skip("with --full: two minutes of compiling")
+    if name == FLOAT32 and not (full or ON_GPU):
+        pytest.skip("with --full: the table \"epoch\" has it")
     chosen = BASE | OPTIONS[name]
     size = SIZES["base" if ON_GPU else "minilm"]
 

@@ -110,6 +110,8 @@ def test_padded(measure, roofs, size, name):
 @pytest.mark.parametrize("task", TASKS)
 def test_epoch(measure, roofs, full, size, task, name):
     takes_part(name)
+    if task != TASKS[0] and name in ("plain, float32", "ours, float32") and not (full or ON_GPU):
+        pytest.skip("with --full")  # the first task and the padded step show float32
     check_contestant(name, size, "longest", mask_padding=True)
     whole = load(task)
     examples, epoch_steps = sample(whole, 40 if full else SAMPLED_BATCHES[task])
@@ -123,7 +125,7 @@ def test_epoch(measure, roofs, full, size, task, name):
     precision = name.split(", ")[1]
     row = measure(
         lambda: runner.run(examples), table="epoch", contestant=name, dtype=precision, baseline=PUBLISHED,
-        case=f"{task}, {describe(size)}", rounds=3 if (task, name) == ("mrpc", PUBLISHED) else 5, parts=num_batches,
+        case=f"{task}, {describe(size)}", rounds=5, parts=num_batches,
         profiled=False,
         texts="real" if whole.is_real else "made up", sampled_batches=num_batches, epoch_steps=epoch_steps,
     )  # fmt: skip
