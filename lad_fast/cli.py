@@ -18,7 +18,7 @@ import torch
 import tyro
 from transformers import PreTrainedModel
 
-from lad_fast import distributed, training, tuning
+from lad_fast import __version__, distributed, training, tuning
 from lad_fast.checkpoint import Interrupted
 from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
@@ -175,8 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         number (130, 143) for a run that SIGINT or SIGTERM stopped; 141 where nobody reads on, as of a pipe to ``head``.
         But for doctor's and this one, a line on stderr says more.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
+        if list(argv) == ["--version"]:
+            print(f"{PROGRAM} {__version__}")
+            return 0
+        command = parse(argv)
         if command is None:
             return 0
         name, run = COMMANDS[type(command)].name, COMMANDS[type(command)].run

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -249,7 +250,8 @@ class Batches:
         pad_to_multiple_of: tokens.
         group_by_length: batch examples of like length together.
         drop_last: leave out the examples (other ones each epoch if shuffled) that fill no whole batch.
-        pin_memory: put tensors in page-locked memory, from which copies to a GPU run asynchronously.
+        pin_memory: put tensors in page-locked memory, from which copies to a GPU run asynchronously; without a GPU it
+            warns and does nothing, as PyTorch's ``DataLoader``.
         part, parts: of every batch give this part (from 0) of so many; B is then the part's examples.
 
     Attributes:
@@ -307,7 +309,9 @@ class Batches:
         self._shuffle, self._seed = shuffle, seed
         self._padding, self._max_length, self._multiple = padding, max_length, pad_to_multiple_of
         self._group = group_by_length and padding != "max_length"
-        self._pin_memory = pin_memory
+        if pin_memory and not torch.cuda.is_available():
+            warnings.warn("pin_memory is True and there is no GPU: batches are not pinned", stacklevel=2)
+        self._pin_memory = pin_memory and torch.cuda.is_available()
         self._part, self._parts = part, parts
         # In memory that worker processes share, which may live through several epochs; where the system has any.
         self._epoch = torch.zeros((), dtype=torch.int64)

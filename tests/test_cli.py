@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,11 @@ def test_help(command, words, capsys):
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for word in words:
         assert word in out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lad-fast {metadata.version('lad_fast')}\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), MemoryError()])

@@ -395,6 +395,13 @@ def test_pinned_memory(split):
     assert all(tensor.is_pinned() for tensor in batch.values())
 
 
+def test_pinned_memory_without_a_gpu_is_a_warning(split, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="no GPU"):
+        batches = Batches(split, 4, 0, shuffle=False, pin_memory=True)
+    assert len(next(iter(batches))["labels"]) == 4
+
+
 def test_real_examples_with_a_real_tokenizer(shared):
     from importlib.util import find_spec
     from pathlib import Path
