@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 MARKERS = ("<!-- bench: begin -->", "<!-- bench: end -->")
+HEADLINE_MARKERS = ("<!-- headline: begin -->", "<!-- headline: end -->")
 PERFORMANCE = ROOT / "docs/performance.md"
 ENGINE_MARKERS = ("<!-- engine: begin -->", "<!-- engine: end -->")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers")
@@ -98,6 +99,22 @@ def readme_part(results: list[dict]) -> str:
     if not any(result["device"] == "cuda" for result in results):
         sections.append("### GPU\n\nNo figure has been measured on a GPU: there is no result file of one.")
     return "\n\n".join(sections)
+
+
+def headline(results: list[dict]) -> str:
+    """README's first figures: an epoch of SST-2 against the published loop, a line a machine."""
+    lines = []
+    for result in results:
+        rows = [row for row in result["rows"] if row["table"] == "epoch" and row["case"].startswith("sst2")]
+        ratios = [f"{row['contestant']} {_ratio(row)}" for row in rows if row["contestant"] != row["baseline"]]
+        if ratios:
+            lines.append(
+                f"Speed of an SST-2 epoch on {result['machine']}, the published training loop's being 1: "
+                f"{'; '.join(ratios)} ([all figures, and who is who](#speed))."
+            )
+    if not any(result["device"] == "cuda" for result in results):
+        lines.append("Nothing has been measured on a GPU yet.")
+    return "\n".join(lines)
 
 
 def section(result: dict) -> str:
@@ -301,6 +318,7 @@ def write_result(result: dict, path: Path) -> None:
 
 def write_readme() -> None:
     results = load_results()
+    replace_between(README, HEADLINE_MARKERS, headline(results))
     replace_between(README, MARKERS, readme_part(results))
     replace_between(PERFORMANCE, ENGINE_MARKERS, engine_part(results))
 

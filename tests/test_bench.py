@@ -129,6 +129,22 @@ def test_peak_bytes_on_a_cpu():
     assert 3 * 4000 <= peak < 3 * 4000 + 500  # allocations are rounded up a little
 
 
+def test_the_headline_is_sst2s_epoch_on_each_machine():
+    row = {"table": "epoch", "case": "sst2, 6 to 3 layers", "contestant": "published", "baseline": "published"}
+    rows = [
+        row | {"ratio": 1.0},
+        row | {"contestant": "ours", "ratio": 12.345},
+        row | {"contestant": "cached", "ratio": 20.0, "other_jobs": 0.2},
+        row | {"contestant": "ours", "ratio": 3.0, "case": "mrpc"},
+        row | {"contestant": "ours", "ratio": 4.0, "table": "step"},
+    ]
+    results = [{"machine": "a", "device": "cpu", "rows": rows}, {"machine": "b", "device": "cpu", "rows": []}]
+    told, gpu = bench_record.headline(results).splitlines()
+    assert "on a," in told and ": ours 12.35x; cached disturbed (" in told
+    assert "GPU" in gpu
+    assert bench_record.headline([results[0] | {"device": "cuda"}]).splitlines() == [told]
+
+
 def test_a_disturbed_row_has_no_ratio():
     calm = bench_record.compact(REPORT)["rows"][0] | {"other_jobs": 0.01, "baseline_other_jobs": 0.02}
     result = {"rows": [calm, calm | {"other_jobs": 0.2}, calm | {"baseline_other_jobs": 0.2}]}

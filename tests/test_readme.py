@@ -46,8 +46,9 @@ def test_the_table_of_8_bits_is_the_result_file():
 
 
 def test_bench_tables_are_the_result_files():
-    expected = bench_record.readme_part(bench_record.load_results())
-    assert bench_record.between(README, bench_record.MARKERS) == expected.strip()
+    results = bench_record.load_results()
+    assert bench_record.between(README, bench_record.MARKERS) == bench_record.readme_part(results).strip()
+    assert bench_record.between(README, bench_record.HEADLINE_MARKERS) == bench_record.headline(results)
 
 
 def test_the_engine_table_is_the_result_files():
