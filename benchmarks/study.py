@@ -487,14 +487,15 @@ def table(content: dict) -> str:
     places = {}
     for row in content["runs"]:
         places.setdefault((row["machine"], row["versions"]["torch"]), set()).add(row["threads"])
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in content["runs"]))
+    commits = list(dict.fromkeys(row["commit"] for row in content["runs"]))
+    code = f"commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits, named in the file's rows"
     where = "; ".join(
         f"{machine}, on {' or '.join(map(str, sorted(threads)))} thread{'s' if threads != {1} else ''}, torch {torch}"
         for (machine, torch), threads in sorted(places.items())
     )
     absent = missing(content)
     lines = [
-        f"Measured on {where}, commit {commits}. Points on the validation split, mean ± standard error over seeds; "
+        f"Measured on {where}, {code}. Points on the validation split, mean ± standard error over seeds; "
         "the error tells of seeds alone, not of the few examples of the split.",
         "",
         f"**Not complete**, missing: {'; '.join(absent)}." if absent else "Complete: every task, way and seed.",
