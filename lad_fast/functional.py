@@ -313,7 +313,7 @@ class _Chain(NamedTuple):
     def options(self, eps: float) -> dict:
         first, row_mask = self.hidden_states[0], self.attention_mask
         if row_mask is not None:
-            row_mask = (row_mask if self.backend == "triton" else row_mask != 0).reshape(-1)
+            row_mask = _readable((row_mask if self.backend == "triton" else row_mask != 0).reshape(-1))
         return {
             "row_mask": row_mask,
             "cu_seqlens": self.cu_seqlens,
@@ -323,6 +323,13 @@ class _Chain(NamedTuple):
             "keep_gates": launch.keep_gates(self.memory, first, len(self.hidden_states) - 1),
             "backend": self.backend,
         }
+
+
+def _readable(where: Tensor) -> Tensor:
+    """A mask (T,) or bounds (B + 1,), dense as kernels read them; a copy where autograd could not keep it."""
+    if not torch.compiler.is_compiling() and where.is_inference():
+        return where.clone()
+    return where.contiguous()
 
 
 def _first(parameter: Tensor, length: int, dim: int = 0) -> Tensor:
@@ -597,7 +604,7 @@ def _check_bounds(cu_seqlens, attention_mask, hidden: Tensor, seq_len: int | Non
             raise ValueError(
                 f"cu_seqlens has an example of {longest} tokens; the gates' norm takes at most seq_len = {seq_len}"
             )
-    return cu_seqlens.to(device=hidden.device, dtype=torch.int32)
+    return _readable(cu_seqlens.to(device=hidden.device, dtype=torch.int32))
 
 
 def _check_labels(labels: Tensor, student_logits: Tensor, regression: bool) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, check, operands, relative_error, run
+from cases import TOLERANCE, Case, check, operands, relative_error, run, run_loss
 from torch.utils.checkpoint import checkpoint
 
 import lad_fast
@@ -127,6 +127,46 @@ def test_gates_in_any_layout(backend, which, layout):
         grads = torch.autograd.grad(outputs, tensors, [grad.to(dtype) for grad in inputs["grads"]])
         results.append(dict(enumerate((*outputs, *grads))))
     check(*results, TOLERANCE[torch.float32])
+
+
+# Masks whose rows lie as one, so that reshape(-1) hands on a view: with a stride, or with one element for all.
+MASKS = {
+    "every second element": lambda mask: torch.stack((mask, 1 - mask.int()), dim=-1).to(mask.dtype)[..., 0],
+    "one example": lambda mask: MASKS["every second element"](mask[:1]),
+    "transposed": lambda mask: mask.T.contiguous().T,
+    "one element for all": lambda mask: torch.ones_like(mask[:1, :1]).expand(mask.shape),
+}
+
+
+@pytest.mark.parametrize("inference", (False, True))
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bool))
+@pytest.mark.parametrize("layout", MASKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_in_any_layout(backend, layout, dtype, inference):
+    """Also made under inference mode, whose tensors autograd does not keep."""
+    case = Case(mode="masked", batch=1 if layout == "one example" else 3)
+    inputs = case.build(torch.float32)
+    with torch.inference_mode(inference):
+        inputs["attention_mask"] = MASKS[layout](inputs["attention_mask"].to(dtype, copy=True))
+    assert inputs["attention_mask"].is_inference() == inference
+    for function in (run, run_loss):
+        expected = function(case, inputs, torch.float64, "reference")
+        check(function(case, inputs, torch.float32, backend), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("inference", (False, True))
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_in_any_layout(backend, dtype, inference):
+    case = Case(mode="packed")
+    inputs = case.build(torch.float32)
+    with torch.inference_mode(inference):
+        bounds = inputs["cu_seqlens"].to(dtype)
+        inputs["cu_seqlens"] = torch.stack((bounds, bounds + 1), dim=-1)[:, 0]
+    assert not inputs["cu_seqlens"].is_contiguous()
+    for function in (run, run_loss):
+        expected = function(case, inputs, torch.float64, "reference")
+        check(function(case, inputs, torch.float32, backend), expected, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
