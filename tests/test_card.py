@@ -136,3 +136,21 @@ def test_what_is_not_known_is_left_out():
     regression = card_of(get_task("stsb"), state=STATE | {"metrics": scores}, **alone)
     assert [result.metric_type for result in regression.data.eval_results] == ["pearsonr", "spearmanr"]
     assert "predicts the score of task stsb. Trained on labels alone as a student of t" in regression.text
+
+
+@pytest.mark.parametrize(
+    ("task", "example"), [("sst2", '"a text"'), ("rte", '{"text": "a text", "text_pair": "and its second"}')]
+)
+def test_the_card_calls_the_model_as_it_takes_texts(task, example):
+    assert f"classify({example})" in card_of(get_task(task)).text
+
+
+def test_a_fine_tuned_model_is_no_distilled_one():
+    card = card_of(get_task("rte"))
+    assert card.data.tags == ["lad_fast"] and card.data.base_model == ["org/name"]
+    assert "Fine-tuned from org/name by lad_fast." in card.text
+
+
+def test_splits_without_scores_are_no_evaluation():
+    card = card_of(get_task("rte"), state=STATE | {"metrics": {"validation": {}}})
+    assert card.data.model_name is None and card.data.eval_results is None and "It was not evaluated." in card.text

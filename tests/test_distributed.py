@@ -16,10 +16,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from lad_fast import cli
+from lad_fast import cli, distributed
 from lad_fast.checkpoint import own_folder
 from lad_fast.data import Batches, TokenizedSplit
-from lad_fast.distributed import World
+from lad_fast.distributed import World, current_world
 from lad_fast.glue import get_task
 from lad_fast.models import save_checkpoint
 from lad_fast.replay import replay
@@ -128,6 +128,12 @@ def work(jobs, folder):
             run(own)
             assert dist.get_world_size() == 2, "a group that was given is left alone"
             dist.destroy_process_group()
+        elif job == "told":
+
+            def tell(*_):
+                (folder / f"told {rank}").write_text(json.dumps([current_world().local_size, torch.initial_seed()]))
+
+            run(own, hook=tell, method="none", max_steps=1)
         elif job == "finished":
             result = run(folder / "sequence norm" if rank == 0 else own)
             weights = result.model.classifier.weight.tolist()
@@ -179,7 +185,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "in use").mkdir()
     with own_folder(folder / "in use"):
-        others = "not finite", "all not finite", "unlike", "in use", "undisturbed", "given group", "finished"
+        others = "not finite", "all not finite", "unlike", "in use", "undisturbed", "given group", "told", "finished"
         done = launch(folder, *CASES, *others)
     assert done.returncode == 0, done.stderr
     return folder
@@ -403,6 +409,18 @@ def test_what_several_processes_do_not_take(tmp_path, monkeypatch):
         train(tmp_path, 1, device="cuda:0")
     with pytest.raises(ValueError, match="device is 'cuda'; process 99 of this machine has no GPU: there are"):
         train(tmp_path, 1, device="cuda")
+
+
+def test_processes_know_how_many_they_are_and_draw_apart(pair):
+    assert [json.loads((pair / f"told {rank}").read_text()) for rank in range(2)] == [[2, 42], [2, 43]]
+
+
+def test_one_process_under_torchrun_is_alone(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert not distributed.is_launched() and distributed.rank() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.is_launched() and distributed.rank() == 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small import bert
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BertTokenizer,
     DistilBertConfig,
@@ -142,3 +143,9 @@ def test_a_missing_package_is_told_with_its_extra(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.splitlines() == [
         "lad-fast: error: onnxscript is not installed: pip install 'lad_fast[onnx]'"
     ]
+
+
+def test_the_configuration_lies_beside_the_file(exported):
+    model, _, path = exported
+    config = AutoConfig.from_pretrained(path.parent)
+    assert config.id2label == model.config.id2label and config.model_type == "bert"

@@ -8,8 +8,10 @@ import pytest
 import torch
 from small import bert, split
 
-from lad_fast import GateStack, training
+from lad_fast import GateStack, LADObjective, training
 from lad_fast.checkpoint import Interrupted
+from lad_fast.data import Batches
+from lad_fast.step import DistillStep
 from lad_fast.training import DistillConfig, distill
 
 
@@ -161,3 +163,20 @@ def test_a_healthy_run_does_not_warn(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(tmp_path, lambda stack: None)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_gates_are_looked_at_as_they_are_trained(mask_padding):
+    """With the padding where it counts."""
+    torch.manual_seed(0)
+    objective = LADObjective(GateStack(4, 16, 16), 2, backend="torch")
+    options = {"learning_rate": 1e-3, "total_steps": 1, "warmup_steps": 1}
+    step = DistillStep(bert(2, seed=1), bert(), objective, mask_padding=mask_padding, **options)
+    batch = Batches(split(8), 8, 0, shuffle=False).first()
+    with torch.no_grad():
+        states = step.teacher(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states[1:]
+    where = {"attention_mask": batch["attention_mask"] if mask_padding else None}
+    found, shares = step.look_at_gates(batch), step.gates.contributions(states, **where)[[1, 3]]
+    torch.testing.assert_close(torch.tensor(found["contributions"]), shares, rtol=1e-5, atol=1e-6)
+    for gate, right in zip(found["gates"], step.gates.condition(states, **where), strict=True):
+        assert gate["openness"] == pytest.approx(right["openness"], rel=1e-5)

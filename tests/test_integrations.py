@@ -417,6 +417,15 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_no_bound_clips_no_gate(tmp_path):
+    moments = []
+    for bound in (0.0, 1e9):
+        run = trainer(tmp_path, max_steps=1, gate_max_grad_norm=bound, max_grad_norm=1e9)
+        run.train()
+        moments.append([run.optimizer.state[p]["exp_avg"].clone() for p in run.objective.parameters()])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*moments, strict=True))
+
+
 if __name__ == "__main__":
     together(sys.argv[1], make=others_elsewhere, ddp_backend="gloo")
     torch.distributed.barrier()

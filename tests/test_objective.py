@@ -312,3 +312,32 @@ def test_contributions_of_packed_states_are_those_of_padded_ones(options):
     found = gates.contributions(packed, cu_seqlens=torch.tensor([0, 6, 9], dtype=torch.int32))
     torch.testing.assert_close(found, gates.contributions(padded, mask))
     assert (found - gates.contributions(padded)).abs().max() > 1e-3, "padding would have counted"
+
+
+def test_a_calls_backend_goes_before_the_objectives(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "lad_fast.objective.chain_loss", lambda *_, backend, **__: (seen.append(backend), [torch.zeros(1)] * 4)[1]
+    )
+    objective = LADObjective(GateStack(6, 16, 8), 3, backend="torch")
+    for backend in ("reference", None):
+        objective(*batch(), backend=backend)
+    assert seen == ["reference", "torch"]
+
+
+@pytest.mark.parametrize("backend", ("reference", "torch", "triton"))
+def test_losses_by_layer_carry_no_gradient(backend):
+    assert not LADObjective(GateStack(6, 16, 8), 3, backend=backend)(*batch()).hidden_losses.requires_grad
+
+
+def test_low_memory_keeps_no_gates():
+    torch.manual_seed(0)
+    gates, inputs = GateStack(6, 16, 8), batch()
+
+    def kept(memory):
+        objective = LADObjective(gates, 3, memory=memory, backend="torch")
+        own = (*inputs[0], *inputs[1], *inputs[2:], *objective.parameters())
+        return kept_bytes(own, lambda: objective(*inputs).loss)
+
+    assert kept("fast") == kept("auto")
+    assert kept("low") <= kept("fast") - 5 * inputs[1][0].nbytes

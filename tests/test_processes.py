@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 import lad_fast
-from lad_fast.data import Batches, TokenizedSplit, tokenize
+from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.functional import chain_loss
 from lad_fast.glue import DataError, Examples, get_task
 from lad_fast.kernels import launch
@@ -529,3 +529,11 @@ def test_a_cache_of_other_tokens_is_made_again(tmp_path, caplog):
     found = tokenize(examples, tokenizer, 16, tmp_path)
     assert (found.input_ids == expected.input_ids).all()
     assert f"is damaged (ValueError: token {len(tokenizer)}; the tokenizer has {len(tokenizer)})" in caplog.text
+
+
+@pytest.mark.parametrize("place", (0, -1))
+def test_the_example_is_named_by_its_first_and_by_its_last_token(place):
+    broken = split()
+    broken.input_ids[broken.offsets[7] if place == 0 else broken.offsets[8] - 1] = 30522
+    with pytest.raises(DataError, match="input_ids of the example with id 107 hold 30522"):
+        check_vocabulary(broken, bert())

@@ -192,3 +192,44 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, shared, capsys, how, mes
     told = capsys.readouterr()
     assert message in told.err and told.err.count("\n") == 1 and told.out == ""
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "claim", "message"),
+    [
+        ("config.json", {"num_hidden_layers": 7}, "num_hidden_layers is 7; the tensors are of 6"),
+        ("config.json", {"d_ff": 9}, "d_ff is 9"),
+        ("config.json", {"num_class": 3}, "num_class is 3; the tensors are of 2"),
+        ("gate_config.json", {"max_seq_length": 99}, "max_seq_length is 99; the tensors are of"),
+    ],
+)
+def test_every_claim_is_compared_with_the_tensors(tmp_path, shared, file, claim, message):
+    write(tmp_path, "rte", Golden(shared / "golden/rte_l12_k6.npz"), "final")
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | claim))
+    with pytest.raises(ValueError, match=message):
+        load_published(tmp_path)
+
+
+def test_heads_and_dropout_are_the_settings_or_berts(tmp_path, shared):
+    """A teacher's configuration tells neither."""
+    golden = Golden(shared / "golden/rte_l12_k6.npz")
+    write(tmp_path, "rte", golden, "final", with_gates=False)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text()) | {"dropout": 0.3}
+    path.write_text(json.dumps(settings))
+    config = load_published(tmp_path).model.config
+    assert config.num_attention_heads == golden.meta["heads"]
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.3)
+    del settings["num_attention_heads"], settings["dropout"]
+    path.write_text(json.dumps(settings))
+    config = load_published(tmp_path).model.config
+    assert config.num_attention_heads == max(1, golden.meta["d"] // 64)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
+
+
+def test_gates_without_their_configuration_are_not_left_out(tmp_path, shared):
+    write(tmp_path, "rte", Golden(shared / "golden/rte_l12_k6.npz"), "final")
+    (tmp_path / "gate_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no gate_config\.json"):
+        load_published(tmp_path)

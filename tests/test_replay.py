@@ -15,7 +15,7 @@ from small import bert, split
 from lad_fast import training
 from lad_fast.checkpoint import read_checkpoint
 from lad_fast.cli import main
-from lad_fast.replay import replay
+from lad_fast.replay import _part, replay
 from lad_fast.step import DistillStep
 from lad_fast.training import DistillConfig, FinetuneConfig, distill, finetune
 
@@ -225,3 +225,21 @@ def test_weights_are_held_from_the_first_broken_step_on(precision):
     step(batch)
     assert step.is_held == 0
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_a_part_tells_its_largest_magnitude():
+    part = _part("p", torch.tensor([1.0, -3.0, math.nan]), torch.tensor([[2.0, -math.inf]]))
+    assert part == ("p", 3.0, 2, 5)
+
+
+def test_other_versions_are_told(tmp_path, monkeypatch):
+    _, dump, _ = broken(tmp_path, action=overflow)
+    monkeypatch.setitem(training.VERSIONS, "torch", "9.9")
+    assert replay(dump, "cpu").notes == [f"torch was {torch.__version__} and is 9.9"]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_aggregates_come_along_the_chain(tmp_path, reverse):
+    _, dump, _ = broken(tmp_path, action=overflow, reverse=reverse)
+    found = [part.name for part in replay(dump, "cpu").parts if "aggregates" in part.name]
+    assert found == [f"batch 0: aggregates[{i}]" for i in ([3, 2, 1, 0] if reverse else [0, 1, 2, 3])]

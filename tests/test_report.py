@@ -423,3 +423,18 @@ def test_a_browser_shows_the_report(run, tmp_path):
     same, console = screenshot(page, tmp_path)
     assert len(console) == 1 and "Content Security Policy" in console[0], "and were a script let in, it would not run"
     assert np.array_equal(same, pixels)
+
+
+def test_facts_are_the_results(run):
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"seconds": 12.0, "tokens": 60_000}))
+    told = facts(report([run]).read_text())
+    assert (told["training"], told["tokens/s"]) == ("12 s", "5,000")
+
+
+def test_the_gates_states_are_the_last_ones(run):
+    records = lines(run)
+    evaluations = [record for record in records if "gates" in record]
+    evaluations[0]["gates"][0]["state"], evaluations[-1]["gates"][1]["state"] = "saturated", "collapsed"
+    write_lines(run, records)
+    assert "At the end gates[1] is collapsed." in report([run]).read_text()

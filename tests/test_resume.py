@@ -989,3 +989,152 @@ def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path, monke
     with pytest.raises(ImportError, match=message):
         train(tmp_path / "run", log=log)
     assert not (tmp_path / "run").exists()
+
+
+def test_all_generators_go_on_where_they_were():
+    """Also those that only a model, or a data set, of one's own draws from."""
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    random.gauss(0, 1)  # keeps a second one, as NumPy's normal numbers do
+    np.random.randn()
+    device = torch.device("cpu")
+    state = json.loads(json.dumps(checkpoint.get_rng_state(device), default=lambda tensor: tensor.tolist()))
+    state["torch"] = torch.tensor(state["torch"], dtype=torch.uint8)
+    first = draw()
+    draw()
+    checkpoint.set_rng_state(state, device)
+    assert draw() == first
+
+
+def test_later_checkpoints_go_with_the_first_new_one(tmp_path):
+    """A run that is taken up earlier than its newest must not go on from that one the next time."""
+    (tmp_path / "log").write_text("")
+    own = Checkpoints(tmp_path, limit=3)
+    for step in (2, 4, 6, 3):
+        own.save(step, {"step": step}, tmp_path / "log")
+    assert names(tmp_path) == ["step-2", "step-3"]
+    assert own.newest().state == {"step": 3}
+
+
+def test_tensors_in_the_same_memory_are_kept(tmp_path):
+    """As weights that are tied, and two that lie in one buffer."""
+    (tmp_path / "log").write_text("")
+    whole = torch.arange(6.0)
+    checkpoint.write_checkpoint(tmp_path / "step-1", {"a": whole, "b": whole, "c": [whole[2:4]]}, tmp_path / "log")
+    state = checkpoint.read_checkpoint(tmp_path / "step-1").state
+    assert torch.equal(state["a"], whole) and torch.equal(state["b"], whole) and torch.equal(state["c"][0], whole[2:4])
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    (tmp_path / "log").write_text("")
+    checkpoint.write_checkpoint(tmp_path / "step-1", {"a": 1}, tmp_path / "log")
+    manifest = json.loads((tmp_path / "step-1/manifest.json").read_text())
+    (tmp_path / "step-1/manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ValueError, match=r"step-1 is damaged .*its format is 1; this version reads 2"):
+        checkpoint.read_checkpoint(tmp_path / "step-1")
+
+
+def test_minutes_are_counted_from_the_last_checkpoint(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    (tmp_path / "log").write_text("")
+    own, due = Checkpoints(tmp_path, every_minutes=10), []
+    for step in range(1, 7):
+        now += 4 * 60
+        if own.is_due(step):
+            due.append(step)
+            own.save(step, {}, tmp_path / "log")
+    assert due == [3, 6]
+
+
+def test_the_lock_names_one_process(tmp_path):
+    for _ in range(2):
+        with checkpoint.own_folder(tmp_path):
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_other_labels_are_other_data(tmp_path):
+    def run(data):
+        distill(settings(tmp_path, epochs=1), train=data, evaluation={}, teacher=bert(), student=bert(2, seed=1))
+
+    run(split(20))
+    data = split(20)
+    data.labels = 1 - data.labels
+    with pytest.raises(ValueError, match="the training data differ"):
+        run(data)
+
+
+def test_steps_skipped_in_a_row_are_counted_on(tmp_path, objectives):
+    """Before a stop and behind it: 40 in all end the run."""
+
+    def spoil():
+        spoil_gradients(objectives[-1].gates.bias, 0, range(1, 1000), float("inf"))
+
+    calls = iter(range(10**9))
+
+    def hook(*_):
+        call = next(calls)
+        if call == 0:
+            spoil()
+        if call == 9:
+            send(signal.SIGTERM)()
+
+    options = {"precision": "float16", "epochs": 5, "save_steps": None}
+    with pytest.raises(Interrupted):
+        train(tmp_path, hook=hook, **options)
+    with pytest.raises(FloatingPointError, match=r"step 41: not finite: gradient of gates\[0\]"):
+        train(tmp_path, hook=after(0, spoil), **options)
+
+
+def test_seconds_are_those_of_steps_alone(tmp_path, monkeypatch):
+    """Neither evaluations, models nor checkpoints count; before a stop and behind it each step does."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock["now"])
+
+    def taking(seconds, function):
+        def slow(*args, **kwargs):
+            clock["now"] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(training.DistillStep, "__call__", taking(1.0, training.DistillStep.__call__))
+    monkeypatch.setattr(training, "evaluate", taking(1000.0, training.evaluate))
+    monkeypatch.setattr(training, "save_checkpoint", taking(1000.0, training.save_checkpoint))
+    monkeypatch.setattr(Checkpoints, "save", taking(1000.0, Checkpoints.save))
+    assert train(tmp_path / "whole").seconds == 39
+    stopped(tmp_path / "parts", 17)
+    assert train(tmp_path / "parts").seconds == 39
+
+
+def test_a_second_signal_does_what_it_did_before():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"), checkpoint.StopSignals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert received == []
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+            signals.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_bar_goes_on_where_the_run_was(tmp_path, monkeypatch):
+    bars, tqdm = [], training.tqdm
+    stop = stopped(tmp_path, 17)
+    monkeypatch.setattr(training, "tqdm", lambda **options: (bars.append(tqdm(**options)), bars[-1])[1])
+    train(tmp_path)
+    assert [bar.initial for bar in bars] == [stop.step]
+
+
+def test_a_run_in_the_folder_at_hand_has_its_name(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "my_run").mkdir()
+    monkeypatch.chdir(tmp_path / "my_run")
+    train(Path(), log="wandb", epochs=1)
+    assert fake.options[0]["name"] == "my_run"

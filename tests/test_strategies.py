@@ -1,6 +1,7 @@
 """LAD's baselines: their losses against plain PyTorch, the registry, and whole runs of each."""
 
 import json
+import operator
 from dataclasses import replace
 
 import numpy as np
@@ -295,3 +296,35 @@ def test_strategies_name_what_they_use():
             objective = strategy.make(replace(config, method=name), teacher, student)
             assert hasattr(objective, "projections") == strategy.uses_hidden_states
             assert (getattr(objective, "gates", None) is not None) == (name == "lad")
+
+
+MADE = {
+    "lad": {"layers": (1, 3), "gates.norm": "token", "gates.reverse": True, "gates.seq_len": 7},
+    "skip": {"layers": (1, 3), "normalize_states": True},
+    "last": {"layers": (2, 3), "normalize_states": True},
+    "attention": {},
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_settings_reach_the_objective(name):
+    config = DistillConfig(
+        task="rte", teacher="", output_dir="", method=name, hidden_weight=7.0, normalize_states=True, norm="token",
+        reverse=True, max_length=7,
+    )  # fmt: skip
+    objective = STRATEGIES[name].make(config, bert().config, bert(num_layers=2).config, temperature=3.0)
+    assert (objective.hidden_weight, objective.temperature, objective.num_student_layers) == (7.0, 3.0, 2)
+    for place, value in MADE[name].items():
+        assert operator.attrgetter(place)(objective) == value, place
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_packed_example_without_tokens_counts_none(name):
+    """At the end, where its first row would be behind the last."""
+    arguments, where, _ = inputs("packed")
+    objective = OBJECTIVES[name](**OPTIONS, backend="torch")
+    right = objective(*arguments, **where)
+    student, teacher, student_logits, teacher_logits, labels = arguments
+    more = [torch.cat([values, values[:1]]) for values in (student_logits, teacher_logits, labels)]
+    found = objective(student, teacher, *more, cu_seqlens=torch.tensor([0, 5, 7, 10, 10]))
+    torch.testing.assert_close(found.hidden_losses, right.hidden_losses)

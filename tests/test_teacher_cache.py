@@ -1,12 +1,14 @@
 """What a teacher cache holds, and what it refuses."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lad_fast import teacher_cache
+from lad_fast.distributed import World
 from lad_fast.teacher_cache import TeacherCache, choose_place
 
 LENGTHS = np.array([3, 1, 5, 2, 4])
@@ -79,8 +81,9 @@ def test_keeps_its_dtype_and_gives_back_what_it_keeps(tmp_path):
         assert torch.equal(kept, state.bfloat16())
 
 
-def test_logits_alone(tmp_path):
-    cache = make(tmp_path, num_layers=0)
+@pytest.mark.parametrize("place", ("cpu", "disk"))
+def test_logits_alone(tmp_path, place):
+    cache = make(tmp_path, place, num_layers=0)
     cache.write(torch.tensor([1, 3]), torch.tensor([[1.0, 2], [3, 4]]))
     logits, states = cache.read(torch.tensor([3]), 9)
     assert logits.tolist() == [[3, 4]] and states == ()
@@ -134,3 +137,27 @@ def test_other_systems_than_linux(tmp_path, monkeypatch):
 def test_free_memory_is_what_the_kernel_says():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < teacher_cache._free_host_memory() <= total
+
+
+def test_several_processes_share_a_machines_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "_free_host_memory", lambda: 399)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400))
+    assert choose_place(100, torch.device("cpu"), tmp_path) == "cpu"
+    assert choose_place(100, torch.device("cpu"), tmp_path, World(local_size=2)) == "disk"
+
+
+def test_all_processes_take_the_place_that_each_has_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "_free_host_memory", lambda: 200)
+    monkeypatch.setattr(World, "gather", lambda world, value: [value, "disk"])
+    assert choose_place(100, torch.device("cpu"), tmp_path, World()) == "disk"
+
+
+@pytest.mark.parametrize(("limit", "free"), [("5000\n", 2000), ("max\n", 9 * 1024), ("999999999\n", 9 * 1024)])
+def test_a_containers_limit_counts_less_what_it_uses(monkeypatch, limit, free):
+    files = {
+        "/proc/meminfo": "MemTotal: 99 kB\nMemAvailable: 9 kB\n", "/sys/fs/cgroup/memory.max": limit,
+        "/sys/fs/cgroup/memory.current": "3000\n",
+    }  # fmt: skip
+    monkeypatch.setattr(teacher_cache.Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(teacher_cache.Path, "read_text", lambda path: files[str(path)])
+    assert teacher_cache._free_host_memory() == free

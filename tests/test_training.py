@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import sys
+import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import TASKS, get_task
 from lad_fast.models import build_student, load_classifier, save_checkpoint
+from lad_fast.optimizers import has_apex, make_adamw
 from lad_fast.step import DistillStep, clip_each_gate_, with_half_linears
 from lad_fast.training import (
     RECIPES,
@@ -855,3 +859,81 @@ def test_recipes_exist_for_six_tasks():
             recipe(task)
     with pytest.raises(ValueError, match="command is 'train'"):
         recipe("rte", "train")
+
+
+def test_gates_have_a_rate_of_their_own_in_the_log(tmp_path):
+    config = settings(tmp_path, gate_learning_rate=5e-4, log_every=1, epochs=1)
+    distill(config, train=split(36), evaluation={}, teacher=bert())
+    rates = [(line["lr"], line["gate_lr"]) for line in lines(config.output_dir) if "loss" in line]
+    assert rates == [pytest.approx((3e-3 * share, 5e-4 * share)) for share in (1, 0.75, 0.5, 0.25, 0)]
+
+
+PUBLISHED = {
+    "rte": (7e-4, 3e-5, 10, 0.1, 10, 0.5, 0.5, 1000, 7e-5, 385, 115),
+    "mrpc": (7e-4, 5e-6, 20, 0.1, 10, 0.5, 0.5, 500, 7e-5, 345, 1),
+    "sst2": (1e-4, 1e-6, 20, 0.3, 20, 0.5, 0.5, 1000, 2e-5, 6315, 1894),
+    "qnli": (1e-4, 1e-6, 4, 0.1, 10, 0.5, 0.5, 1000, 3e-5, 9822, 3274),
+    "qqp": (5e-4, 5e-7, 5, 0.1, 10, 0.7, 0.3, 1000, 2e-5, 34110, 10233),
+    "mnli": (1e-4, 5e-7, 4, 0.1, 10, 0.5, 0.5, 500, 3e-5, 36816, 10000),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_recipes_are_the_published_ones(task):
+    student, teacher = recipe(task), recipe(task, "finetune")
+    names = "learning_rate", "gate_learning_rate", "epochs", "warmup_ratio", "temperature", "soft_weight"
+    found = [student[name] for name in (*names, "hard_weight", "hidden_weight")]
+    found += [teacher["learning_rate"], teacher["max_steps"], round(teacher["max_steps"] * teacher["warmup_ratio"])]
+    assert tuple(found) == PUBLISHED[task]
+
+
+def test_a_cache_counts_batches_not_steps(tmp_path):
+    """Two epochs of five batches are four steps of up to four."""
+    assert engine_losses(tmp_path, gradient_accumulation_steps=4, epochs=2)[2]["teacher_cache"] == "cpu"
+
+
+def test_auto_does_not_pack_where_padding_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("lad_fast.training.packs_fast", lambda *_: True)
+    for name, mask_padding, padding in (("masked", True, "packed"), ("counted", False, "longest")):
+        options = {"padding": "auto", "mask_padding": mask_padding, "epochs": 1}
+        assert engine_losses(tmp_path / name, **options)[2]["padding"] == padding
+
+
+def test_apex_is_nvidias_with_decoupled_decay(monkeypatch):
+    module = types.ModuleType("apex.optimizers")
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    assert not has_apex()  # a package of the same name
+    module.FusedAdam = lambda groups, **options: options
+    groups = [{"params": [SimpleNamespace(is_cuda=True)]}]
+    assert make_adamw(groups, 1e-3, "apex") == {"lr": 1e-3, "adam_w_mode": True}
+    with pytest.raises(ValueError, match="its FusedAdam takes parameters on a GPU"):
+        make_adamw([*groups, {"params": [torch.ones(1)]}], 1e-3, "apex")
+
+
+def test_settings_reach_the_step(tmp_path, monkeypatch):
+    made, make = {}, DistillStep.__init__
+
+    def noted(step, *models, **options):
+        made.update(options)
+        make(step, *models, **options)
+
+    monkeypatch.setattr(DistillStep, "__init__", noted)
+    own = {
+        "learning_rate": 2e-3, "gate_learning_rate": 4e-4, "weight_decay": 0.3, "max_grad_norm": 0.25,
+        "mask_padding": False, "precision": "bfloat16",
+    }  # fmt: skip
+    distill(settings(tmp_path, max_steps=4, warmup_ratio=0.5, **own), train=split(36), evaluation={}, teacher=bert())
+    assert {name: made[name] for name in own} == own
+    assert (made["total_steps"], made["warmup_steps"]) == (4, 2)
+
+
+def test_gradients_are_clipped_to_the_bound_that_is_set():
+    step = make_step(max_grad_norm=0.25)
+    step(*batches(8, 8))
+    assert step.grad_norms["student"] > 1
+    first = [step.optimizer.state[p]["exp_avg"].norm() for p in step.student_parameters]
+    torch.testing.assert_close(torch.stack(first).norm() / 0.1, torch.tensor(0.25), rtol=1e-4, atol=0)
+    rows = [step.optimizer.state[p]["exp_avg"].flatten(1).norm(dim=1) for p in step.gates.parameters()]
+    right = step.grad_norms["gates"].clamp(max=0.25)
+    torch.testing.assert_close(torch.stack(rows).norm(dim=0) / 0.1, right, rtol=1e-4, atol=0)

@@ -247,3 +247,24 @@ def test_on_a_gpu(monkeypatch):
     tuning.tune([size], device, layers=4)
     row = launch.tuned(launch.gpu(device))[str(size)]
     assert 1 < row["microseconds"] < 1e5
+
+
+def test_the_table_begins_with_the_fastest(small_gpu):
+    choices = launch.candidates(GPU, "ieee")[:4]
+    lines = tuning._table(SIZE, choices, [3e-6, "wrong by nan", 1e-6, 2e-6]).splitlines()[2:]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["1 us", "2 us", "3 us", "wrong by nan"]
+
+
+@interpreted
+def test_a_size_that_does_not_fit_is_left_out(small_gpu, monkeypatch, cache, capsys):
+    problem = tuning._Problem
+
+    def small(size, *rest):
+        if size.tokens > 32:
+            raise torch.OutOfMemoryError
+        return problem(size, *rest)
+
+    monkeypatch.setattr(tuning, "_Problem", small)
+    tune([replace(SIZE, tokens=64), SIZE], lambda run: 1.0)
+    assert set(json.loads(cache.read_text())[launch.cache_key(GPU)]) == {str(SIZE)}
+    assert f"{replace(SIZE, tokens=64)}: does not fit the GPU's memory" in capsys.readouterr().out
