@@ -2,7 +2,7 @@
 # make test    the whole test suite
 # make bench   objective and training step beside the published code and plain PyTorch (under five minutes)
 # make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md
-# make tables  the tables in README and docs anew, from the files under benchmarks/results
+# make tables  the tables in README and docs anew, from the files under benchmarks/results and by counting
 # make docs    the API's pages, from docstrings, in site/
 # make lint    ruff
 # Each target first makes .venv, once. PYTHON=... picks the interpreter (3.11 or newer).
@@ -30,6 +30,7 @@ fuzz: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_record.py readme
 	$(BIN)/python benchmarks/newcomer.py readme
+	$(BIN)/python benchmarks/int8.py readme
 	$(BIN)/python benchmarks/real_data.py readme
 	$(BIN)/python benchmarks/study.py readme
 	$(BIN)/python benchmarks/kernel_counts.py --write docs/kernels.md

@@ -1,4 +1,4 @@
-"""Fast Layer-wise Adaptive Distillation (LAD) of BERT students on a single GPU."""
+"""Fast Layer-wise Adaptive Distillation (LAD) of BERT students."""
 
 from lad_fast import reference
 from lad_fast.functional import fused_aggregate, fused_distill_loss, fused_hidden_loss

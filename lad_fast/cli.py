@@ -73,7 +73,7 @@ class InferenceConfig(DataConfig):
     batch_size: int = 64
     """Examples a batch."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model's arithmetic."""
+    """Of the model's arithmetic. Training scores in its own, which is bfloat16 where the machine has it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
@@ -154,7 +154,7 @@ class BenchCommand:
     full: bool = False
     """Larger sizes too, as the device's memory allows; otherwise under five minutes on two cores."""
     output_dir: Path | None = None
-    """Folder for the result file and its figure; None takes benchmarks/results and renews README's tables."""
+    """Folder for the result file and its figure; None takes benchmarks/results and renews the tables of README and docs."""
     tune: bool = False
     """Instead, measure how this GPU best launches the gates, for later runs; with --full at all sizes, in hours."""
 
@@ -236,7 +236,8 @@ def parse(argv: Sequence[str]):
         defaults = _recipe_defaults(kind, argv[1:]) if argv[:1] == [command.name] else {}
         markers = tyro.conf.subcommand(command.name, prefix_name=False, **defaults)
         kinds.append(Annotated[kind, markers])
-    command = _parse(Union[tuple(kinds)], argv)  # noqa: UP007 - the members are known only here
+    about = "Layer-wise Adaptive Distillation of BERT students. --version alone tells the version."
+    command = _parse(Union[tuple(kinds)], argv, description=about)  # noqa: UP007 - the members are known only here
     if command is None:
         return None
     # A shell leaves the ~ of --output-dir=~/run to the program; a folder of that name is nobody's wish.

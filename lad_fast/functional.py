@@ -529,6 +529,7 @@ def _check_gates(gates, hidden: Tensor, num_layers: int) -> tuple[Tensor, Tensor
     if weight.dim() != 3 or weight.shape[0] != num_layers - 1:
         raise ValueError(
             f"gates' weight has shape {tuple(weight.shape)}; {num_layers} hidden_states take ({num_layers - 1}, D, D)"
+            + " (leave the embedding output out)" * (weight.dim() == 3 and len(weight) == num_layers - 2)
         )
     if weight.shape[1:] != (hidden_size, hidden_size):
         raise ValueError(f"gates' weight has shape {tuple(weight.shape)}; hidden_states have D = {hidden_size}")

@@ -764,7 +764,7 @@ def write_submission(
 ) -> Path:
     """Write one file in the form which https://gluebenchmark.com takes, or of a task of CSV files as CSV.
 
-    The file has the header ``index<TAB>prediction`` and one row an example, by ascending index: class names
+    The file has the header ``index`` and ``prediction`` and one row an example, by ascending index: class names
     for MNLI, QNLI, RTE and CSV files, scores clipped to the range (three decimals) for STS-B, class ids for the rest.
 
     Args:

@@ -1151,7 +1151,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Published settings of one task (DESIGN section 1), for batches of 32."""
+    """Published settings of one task, for batches of 32."""
 
     num_examples: int
     learning_rate: float

@@ -219,6 +219,8 @@ def test_help(command, words, capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lad-fast {metadata.version('lad_fast')}\n"
+    assert main(["--help"]) == 0
+    assert "--version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), MemoryError()])

@@ -67,10 +67,10 @@ def test_plain_loop(gate_starts, tmp_path):
     check_trained(names["losses"], names["student"], names["gates"], *gate_starts, tmp_path)
 
 
-def test_plain_loop_is_ten_lines_added_to_one_that_runs_without_lad_fast(monkeypatch, tmp_path):
+def test_plain_loop_is_eight_lines_added_to_one_that_runs_without_lad_fast(monkeypatch, tmp_path):
     lines = (EXAMPLES / "plain_loop.py").read_text().splitlines()
     kept = [line for line in lines if not line.endswith("# LAD")]
-    assert 0 < len(lines) - len(kept) <= 10
+    assert len(lines) - len(kept) == 8
     (tmp_path / "plain.py").write_text("\n".join(kept))
     monkeypatch.setitem(sys.modules, "lad_fast", None)
     losses = run(tmp_path / "plain.py")["losses"]

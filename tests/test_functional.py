@@ -58,6 +58,8 @@ WRONG = {
     "other hidden size": (aggregate([h[..., :3] for h in STATES]), ValueError, "D = 3"),
     "gates none": (aggregate(STATES, None), TypeError, "gates"),
     "three gate tensors": (aggregate(STATES, tensors()[:3]), ValueError, "gates holds 3"),
+    "states with the embeddings'": (aggregate([*STATES, STATES[0]]), ValueError, "leave the embedding output out"),
+    "a state too few": (aggregate(STATES[:2]), ValueError, r"2 hidden_states take \(1, D, D\)$"),
     "gate no tensor": (aggregate(STATES, tensors(bias=1.0)), TypeError, "bias"),
     "gates in half": (aggregate(STATES, tensors(weight=STACK.weight.half())), TypeError, "weight has dtype"),
     "bias of another shape": (aggregate(STATES, tensors(bias=torch.ones(2, 5))), ValueError, "bias has shape"),
