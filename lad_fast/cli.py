@@ -154,7 +154,7 @@ class BenchCommand:
     full: bool = False
     """Larger sizes too, as the device's memory allows; otherwise under five minutes on two cores."""
     output_dir: Path | None = None
-    """Folder for the result file and its figure; None takes benchmarks/results and renews the tables of README and docs."""
+    """Folder for the result file and its figure; None: benchmarks/results, and renews the tables of README and docs."""
     tune: bool = False
     """Instead, measure how this GPU best launches the gates, for later runs; with --full at all sizes, in hours."""
 
