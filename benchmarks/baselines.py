@@ -1,7 +1,7 @@
 """What lad_fast is measured against: the published training step, restated, and a careful plain PyTorch one.
 
-``PublishedStep`` keeps all that makes the published code slow (DESIGN section 1) and nothing else of it: float32,
-padding to a fixed length, the tokenizer run for each side in every step, attention maps, a host sync per gate and per
+``PublishedStep`` keeps all that makes the published code slow and nothing else of it: float32, padding to a fixed
+length, the tokenizer run for each side in every step, attention maps, a host sync per gate and per
 loss, and K + 1 backward passes over one graph. ``tests/test_baselines.py`` holds it to the recorded runs.
 """
 

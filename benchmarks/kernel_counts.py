@@ -1,6 +1,6 @@
 """What each step of the chain's kernels reads and writes, and the time that each form needs at least for it.
 
-    python benchmarks/kernel_counts.py                          # sizes of DESIGN, an H200 and an A100
+    python benchmarks/kernel_counts.py                          # BERT-base's sizes, an H200 and an A100
     python benchmarks/kernel_counts.py --write docs/kernels.md  # the tables there
 
 Bytes are those that programs ask for: most come from the cache, whose rate is assumed below. tests/kernels/

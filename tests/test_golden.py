@@ -1,7 +1,6 @@
 """Trajectories of the published code, replayed through the product's own training step.
 
-The tolerances are the contract's (DESIGN section 5; golden/README.md); tests of single operations hold
-tighter ones.
+The tolerances are for whole trajectories (../shared/golden/README.md); tests of single operations hold tighter ones.
 """
 
 from contextlib import nullcontext
