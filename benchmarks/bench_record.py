@@ -30,10 +30,18 @@ def machine() -> str:
     """What runs: the GPU where there is one, processor and cores."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    processor = f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    return f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else processor
+    name = f"{processor(Path('/proc/cpuinfo').read_text())}, {len(os.sched_getaffinity(0))} cores"
+    return f"{torch.cuda.get_device_name()}, {name}" if torch.cuda.is_available() else name
+
+
+def processor(cpuinfo: str) -> str:
+    """Its name; where a virtual machine keeps the model from that, its numbers, for generations differ twofold."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    name = found.get("model name", platform.machine())
+    if re.search(r"\d", name) or "cpu family" not in found:
+        return name
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def between(text: str, markers: tuple[str, str]) -> str:

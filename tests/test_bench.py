@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_peak_bytes_on_a_cpu():
 
     peak = measuring.peak_bytes(three_then_two)
     assert 3 * 4000 <= peak < 3 * 4000 + 500  # allocations are rounded up a little
+
+
+def test_a_processor_whose_name_hides_its_generation_is_told_by_numbers():
+    told = bench_record.processor
+    hidden = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping: 1\n"
+    assert told(hidden) == "AMD EPYC (family 25, model 17)"
+    assert told(hidden.replace("AMD EPYC", "AMD EPYC 9654 96-Core")) == "AMD EPYC 9654 96-Core"
+    assert told("CPU implementer : 0x41\n") == platform.machine()
 
 
 def test_the_headline_is_sst2s_epoch_on_each_machine():
