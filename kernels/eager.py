@@ -2,8 +2,9 @@
 
 A block of rows goes through all gates before the next does, so that on a CPU what lies between two matrix products
 stays in the cache. The gate values alone are kept for backward: given those, the rest of the chain is element-wise,
-and backward runs it again for each block, by the calls that forward made and so to the same bits. In half types the
-products for the weights' gradients then take several blocks at once. There, with
+and backward runs it again for each block, by the calls that forward made and so to the same bits; or, for losses, a
+block's gradients are made as soon as it has been through the chain. In half types the products for the weights'
+gradients take several blocks at once. There, with
 P = A_prev, dO the gradient of the blend O, and q = dO * (1 - g):
 
     O - P = g * (H - P)        du = dO * (H - P) * g * (1 - g) = q * (O - P)        dP = q + du W
@@ -20,9 +21,6 @@ from torch import Tensor
 from lad_fast.kernels import launch as lc
 from lad_fast.kernels.blocks import Block, blocks
 
-aten = torch.ops.aten
-SUM = 2  # ATen's number for reduction="sum"
-
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """``x @ weight.T + bias``, and its sigmoid if wanted, of tensors of one dtype."""
@@ -30,6 +28,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
         return linear(x, weight, bias, activation, [], "")
     product = F.linear(x, weight, bias)
     return product.sigmoid_() if activation == "sigmoid" else product
+
+
+def _products(state: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each gate's weight and bias for products with a state's rows."""
+    weights = [lc.laid_out_for(len(state), gate_weight) for gate_weight in weight]
+    return list(zip(weights, bias.to(weight.dtype), strict=True))
 
 
 def _weight_gradient(grad: Tensor, state: Tensor) -> Tensor:
@@ -47,10 +51,14 @@ def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weig
     return blend, block.zero_padding_(state), statistics
 
 
-def _compared(student: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """A block's rows of a student's state, zero where an aggregate is: at padding."""
-    rows = student[block.rows].to(dtype)
-    return rows if block.padding is None else rows.masked_fill(block.padding, 0)
+def _difference(student: Tensor, block: Block, state: Tensor, out: Tensor | None = None) -> Tensor:
+    """A block's rows of a student's state less the aggregate's; zero at padding."""
+    difference = torch.sub(student[block.rows].to(state.dtype), state, out=out)
+    return block.zero_padding_(difference)
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values, dim=1).square_().sum()  # no tensor of the squares
 
 
 def _affine(norm_weight: Tensor) -> Tensor:
@@ -97,15 +105,14 @@ def _forward(
     per_token = norm_weight.dim() == 2
     norm_weight, norm_bias = _affine(norm_weight), _affine(norm_bias)
     num_gates = len(weight)
-    weights = [lc.laid_out_for(len(hidden[0]), gate_weight) for gate_weight in weight]
-    parameters = list(zip(weights, bias.to(weight.dtype), norm_weight, norm_bias, strict=True))  # views once
+    parameters = list(zip(_products(hidden[0], weight, bias), norm_weight, norm_bias, strict=True))  # views once
     # One tensor a gate: a single one is so large that the allocator would return it to the system after each step.
     gates = [weight.new_empty(hidden[0].shape) for _ in range(num_gates if keep == "gates" else 0)]
     for block in blocks(hidden[0], norm_weight[0], row_mask, cu_seqlens, seq_len, per_token):
         state = hidden[0][block.rows].to(norm_weight.dtype)
         visit(0, block, state)
-        for i, (gate_weight, gate_bias, *affine) in enumerate(parameters):
-            gate = _linear(state.to(weight.dtype), gate_weight, gate_bias, "sigmoid")
+        for i, (product, *affine) in enumerate(parameters):
+            gate = _linear(state.to(weight.dtype), *product, "sigmoid")
             if gates and len(gate) == len(gates[i]):
                 gates[i] = gate
             elif gates:
@@ -135,6 +142,7 @@ def _backward(
     grad_norm_weight, grad_norm_bias = norm_weight.new_zeros(shape), norm_weight.new_zeros(shape)
     for grad in (grad_hidden[1:], grad_weight, grad_bias):
         grad[top:].zero_()
+    products = _products(hidden[0], weight, bias) if not gates else None
     weights = [lc.laid_out_for(len(hidden[0]), gate_weight.T) for gate_weight in weight]
     parameters = list(zip(weights, _affine(norm_weight), _affine(norm_bias), strict=True))  # views once
     affine_grads = [(None, None)] * num_gates
@@ -149,7 +157,8 @@ def _backward(
                 if gates:
                     gate = gates[i][block.rows]
                 else:
-                    gate = _linear(states[i].to(weight.dtype), weight[i], bias[i].to(weight.dtype), "sigmoid")
+                    operand = gathered[1].add(i, block, states[i]) if need_parameters else states[i].to(weight.dtype)
+                    gate = _linear(operand, *products[i], "sigmoid")
                 blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
                 states.append(state)
                 steps.append((gate, blend, statistics))
@@ -169,7 +178,8 @@ def _backward(
                     if need_parameters:
                         add = torch.Tensor.add_ if block.rows.start else torch.Tensor.copy_
                         add(grad_bias[i], grad_linear.sum(dim=0))
-                        gathered[1].add(i, block, state)
+                        if gates:
+                            gathered[1].add(i, block, state)
                     carry = None
                     if i or need_hidden:
                         carry = past_gate.add_(_linear(operand, transposed))
@@ -193,9 +203,7 @@ def aggregate_forward(
         if position:
             aggregates[position - 1, block.rows] = state
 
-    gates = _forward(
-        hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, store
-    )
+    gates = _forward(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, store)
     return aggregates, gates
 
 
@@ -222,41 +230,52 @@ def aggregate_backward(
 def chain_loss_forward(
     hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, loss_weight,
     keep,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """Losses (K,), the gradient's factor, differences and gates; see
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """Losses (K,), the gradient's factor, differences, gates and gradients; see
     :func:`lad_fast.kernels.ops.chain_loss_forward`."""
+    factor = _loss_factor(student[0], row_mask, loss_weight)
     sums = [[] for _ in student]
+
+    def losses() -> Tensor:
+        return torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2)
+
+    if keep == "gradients":
+        grad_student, _, *grad_parameters = chain_loss_backward(
+            factor.new_ones(len(student)), factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, [],
+            row_mask, cu_seqlens, seq_len, eps, True, False, True, sums,
+        )  # fmt: skip
+        return losses(), factor, [], [], [*grad_student, *grad_parameters]
     differences = [torch.empty_like(h) for h in student] if keep == "differences" else []
 
     def compare(position: int, block: Block, state: Tensor) -> None:
         for k, target in enumerate(targets):
             if target == position:
-                compared = _compared(student[k], block, state.dtype)
-                sums[k].append(F.mse_loss(compared, state, reduction="sum"))
+                difference = _difference(student[k], block, state)
+                sums[k].append(_sum_of_squares(difference))
                 if differences:
-                    differences[k][block.rows] = compared - state
+                    differences[k][block.rows] = difference
 
     gates = _forward(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, compare)
-    factor = _loss_factor(student[0], row_mask, loss_weight)
-    losses = torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2)
-    return losses, factor, differences, gates
+    return losses(), factor, differences, gates, []
 
 
 def chain_loss_backward(
     grad, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len,
-    eps, need_student, need_hidden, need_parameters,
+    eps, need_student, need_hidden, need_parameters, sums: list[list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`lad_fast.kernels.ops.chain_loss_backward`."""
+    """See :func:`lad_fast.kernels.ops.chain_loss_backward`. ``sums`` gets each block's sums of squares, K lists."""
     grad_student = [torch.empty_like(h) for h in student] if need_student else []
-    half = (grad * factor / 2).to(norm_weight.dtype)
+    scale = (grad * factor).to(norm_weight.dtype)
 
     def add_gradient(position: int, block: Block, state: Tensor, carry: Tensor | None) -> Tensor | None:
         for k, target in enumerate(targets):
             if target == position:
-                compared = _compared(student[k], block, state.dtype)
                 grad = grad_student[k][block.rows] if need_student else None
-                in_place = {"grad_input": grad} if need_student and grad.dtype == state.dtype else {}
-                slope = aten.mse_loss_backward(half[k], compared, state, SUM, **in_place)
+                in_place = need_student and grad.dtype == state.dtype
+                slope = _difference(student[k], block, state, out=grad if in_place else None)
+                if sums is not None:
+                    sums[k].append(_sum_of_squares(slope))
+                slope.mul_(scale[k])
                 if need_student and not in_place:
                     grad.copy_(slope)
                 carry = slope.neg() if carry is None else carry.sub_(slope)
@@ -326,9 +345,7 @@ def _regression_loss(student_logits, teacher_logits, labels, soft_weight, hard_w
     return loss, (hard.mul_(hard_weight) + soft.mul_(soft_weight)).mul_(2 / len(student))
 
 
-def _class_loss(
-    student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight
-) -> tuple[Tensor, Tensor]:
+def _class_loss(student_logits, teacher_logits, labels, temperature, soft_weight, hard_weight) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     batch_size = student.shape[0]

@@ -126,6 +126,7 @@ HIDDEN_LOSS = TileLaunch(rows=4, columns=512, num_warps=4)
 CLASSES_PER_STEP = 256  # logit loss: classes read at once
 PACKED_ROWS = 1024  # see laid_out_for
 PRODUCT_ROWS = 4096  # see product_rows
+GRADIENTS_IN_FORWARD_ROWS = 1024  # see ops._makes_gradients
 CPU_BLOCK_ELEMENTS = 1024 * 768  # "torch" back end: elements of a state that go through the chain at once on a CPU
 
 

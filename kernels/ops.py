@@ -5,13 +5,14 @@ interpreter) under an ``autograd.Function`` with a hand-written backward. ``back
 "triton" or "torch". Both get contiguous 2-D states (T, D) in chain order, already checked.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lad_fast.kernels import eager
+from lad_fast.kernels import eager, launch
 
 
 def _hidden_loss(backend: str) -> ModuleType:
@@ -35,9 +36,10 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-KEEP = ("nothing", "differences", "gates", "states")
+KEEP = ("nothing", "differences", "gates", "states", "gradients")
 """What a forward keeps for its backward: ``student - aggregate``, all that a student alone needs; the gates' values;
-or none of those, and backward makes the gates again from the aggregates."""
+none of those, and backward makes the gates again from the aggregates; or the gradients themselves, made in forward,
+and backward runs the chain again only where their scale turns out not to be one number."""
 
 
 def _new_gates(state: Tensor, weight: Tensor, matmul_dtype: torch.dtype, keep: str, backend: str) -> list[Tensor]:
@@ -97,7 +99,7 @@ def aggregate_forward(
         row_mask: (T,) bool, False for padding; "triton" takes any dtype. cu_seqlens: (E + 1,) int32.
         seq_len: rows of an example; 0 where ``cu_seqlens`` says.
         matmul_dtype: of the matrix products.
-        keep: one of :data:`KEEP` but "differences".
+        keep: "nothing", "gates" or "states" of :data:`KEEP`.
 
     Returns:
         The weights in ``matmul_dtype``, empty where they are so already; aggregates, gates, mean and rstd (n, groups).
@@ -292,7 +294,7 @@ def chain_loss_forward(
     loss_weight: float,
     keep: str,
     backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """Run n gates and compare K student states with aggregates: :func:`aggregate_forward` and
     :func:`hidden_loss_forward` in one, so that no aggregate need outlive its use.
 
@@ -302,22 +304,24 @@ def chain_loss_forward(
 
     Returns:
         losses (K,), the factor ``2 * loss_weight / (real tokens * D)`` (scalar) that the gradient needs, differences
-        (K states like ``student``) and gates where kept; weights, aggregates, mean and rstd as
-        :func:`aggregate_forward` returns them, aggregates empty for "torch" and where no backward reads them.
+        (K states like ``student``) and gates where kept, and ("torch" alone) gradients of the losses' sum: of the
+        student's states and of the four parameters; weights, aggregates, mean and rstd as :func:`aggregate_forward`
+        returns them, weights empty where gradients are kept, aggregates for "torch" and where no backward reads them.
     """
     chain = (bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps)
     with torch.autocast(hidden[0].device.type, enabled=False):
         if backend == "torch":
             cast = weight.to(matmul_dtype)
             found = eager.chain_loss_forward(hidden, student, targets, cast, *chain, loss_weight, keep)
+            cast = cast.new_empty(0) if keep == "gradients" else _other(cast, weight)
             empty = _new_statistics(hidden[0], weight, norm_weight, cu_seqlens, seq_len, backend)
-            return *found, _other(cast, weight), hidden[0].new_empty(0), *empty
+            return *found, cast, hidden[0].new_empty(0), *empty
         from lad_fast.kernels.chain import forward
 
         out = forward(hidden, student, targets, weight, *chain, matmul_dtype, loss_weight, keep)
         states = out.states if keep in ("gates", "states") else out.states.new_empty(0)
         cast = _other(out.weight, weight)
-        return out.losses, out.factor, out.differences, out.gates, cast, states, out.mean, out.rstd
+        return out.losses, out.factor, out.differences, out.gates, [], cast, states, out.mean, out.rstd
 
 
 @chain_loss_forward.register_fake
@@ -325,14 +329,15 @@ def _(
     hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, matmul_dtype,
     loss_weight, keep, backend,
 ):  # fmt: skip
-    state, read = hidden[0], backend != "torch" and keep in ("gates", "states")
+    state, read, made = hidden[0], backend != "torch" and keep in ("gates", "states"), keep == "gradients"
     losses = state.new_empty(len(student), dtype=statistics_dtype(student[0].dtype))
     return (
         losses,
         losses.new_empty(()),
         [torch.empty_like(h) for h in student] if keep == "differences" else [],
         _new_gates(state, weight, matmul_dtype, keep, backend),
-        _new_product_weight(weight, matmul_dtype),
+        [torch.empty_like(tensor) for tensor in (*student, weight, bias, norm_weight, norm_bias)] if made else [],
+        weight.new_empty(0, dtype=matmul_dtype) if made else _new_product_weight(weight, matmul_dtype),
         _new_states(state, weight, backend) if read else state.new_empty(0),
         *_new_statistics(state, weight, norm_weight, cu_seqlens, seq_len, backend),
     )
@@ -406,6 +411,14 @@ def _add(*grads: Tensor | None) -> Tensor | None:
     return sum(found[1:], start=found[0]) if found else None
 
 
+def _scaled(gradients: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor] | None:
+    """Gradients of K losses' sum, times what flows back into each of them; None where that is not one number."""
+    scale, *others = grad.reshape(-1).tolist()
+    if any(other != scale for other in others):
+        return None
+    return gradients if scale == 1 else [gradient * scale for gradient in gradients]
+
+
 class _ChainLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -414,7 +427,7 @@ class _ChainLoss(torch.autograd.Function):
         weight, bias, norm_weight, norm_bias = _laid_out(weight, bias, norm_weight, norm_bias)
         states = [state.contiguous() for state in states]
         student, hidden = states[: len(targets)], states[len(targets) :]
-        losses, factor, differences, gates, cast, *kept = chain_loss_forward(
+        losses, factor, differences, gates, gradients, cast, *kept = chain_loss_forward(
             hidden, student, targets, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens,
             seq_len, eps, matmul_dtype, loss_weight, keep, backend,
         )  # fmt: skip
@@ -427,11 +440,13 @@ class _ChainLoss(torch.autograd.Function):
             )  # fmt: skip
             ctx.logits_dtype, outputs = student_logits.dtype, (loss, hidden_loss, logits_loss, losses)
         ctx.targets, ctx.seq_len, ctx.eps, ctx.backend, ctx.keep = targets, seq_len, eps, backend, keep
+        ctx.matmul_dtype = matmul_dtype
         ctx.set_materialize_grads(False)
-        if keep in ("gates", "states"):
+        if keep in ("gates", "states", "gradients"):
             ctx.save_for_backward(
-                slope, factor, row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, *kept, *states, *gates
-            )
+                slope, factor, row_mask, cu_seqlens, weight, bias, norm_weight, norm_bias, *kept, *states, *gates,
+                *gradients,
+            )  # fmt: skip
         else:
             ctx.save_for_backward(slope, factor, *differences)
         return outputs
@@ -463,14 +478,20 @@ class _ChainLoss(torch.autograd.Function):
                 ]
             return *(None,) * 16, grad_logits, *grad_student, *(None,) * len(needs_hidden)
         (row_mask, cu_seqlens, *chain, aggregates, mean, rstd), saved = saved[:9], saved[9:]
-        states, gates = saved[: len(needs_states)], saved[len(needs_states) :]
+        states, kept = saved[: len(needs_states)], saved[len(needs_states) :]
         if grad_logits_loss is None:
             slope = None
-        grad_student, grad_hidden, *grad_parameters, grad_logits = chain_loss_backward(
-            grad.expand(num_layers), factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates,
-            aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student), any(needs_hidden),
-            any(needs_parameters), slope, grad_logits_loss, ctx.logits_dtype, ctx.backend,
-        )  # fmt: skip
+        gates, gradients = (kept, None) if ctx.keep != "gradients" else ([], _scaled(kept, grad))
+        if gradients is not None:
+            grad_student, grad_parameters, grad_hidden = gradients[:num_layers], gradients[num_layers:], None
+            grad_logits = None if slope is None else (slope * grad_logits_loss).to(ctx.logits_dtype)
+        else:
+            chain[0] = chain[0].to(ctx.matmul_dtype)
+            grad_student, grad_hidden, *grad_parameters, grad_logits = chain_loss_backward(
+                grad.expand(num_layers), factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates,
+                aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student),
+                any(needs_hidden), any(needs_parameters), slope, grad_logits_loss, ctx.logits_dtype, ctx.backend,
+            )  # fmt: skip
         return (
             *(None,) * 12,
             *(grad if needed else None for grad, needed in zip(grad_parameters, needs_parameters, strict=True)),
@@ -478,6 +499,22 @@ class _ChainLoss(torch.autograd.Function):
             *(grad_student[k] if needed else None for k, needed in enumerate(needs_student)),
             *(grad_hidden[i] if needed else None for i, needed in enumerate(needs_hidden)),
         )
+
+
+def _makes_gradients(hidden: list[Tensor], student: list[Tensor], backend: str) -> bool:
+    """Whether a forward makes the gradients as well, as Liger's losses do: the chain is run once, not twice.
+
+    Not in few rows, where the parameters' gradients are most of what is kept; not in float16, which has no numbers as
+    small as gradients are before a scaler's factor; not where a graph is traced, which cannot read that factor.
+    """
+    return (
+        backend == "torch"
+        and hidden[0].device.type == "cpu"
+        and len(hidden[0]) >= launch.GRADIENTS_IN_FORWARD_ROWS
+        and torch.float16 not in (hidden[0].dtype, student[0].dtype)
+        and not any(state.requires_grad for state in hidden)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def chain_loss(
@@ -506,6 +543,8 @@ def chain_loss(
     """
     chain = (weight, bias, norm_weight, norm_bias)
     keep = _keep((*chain, *hidden), student, keep_gates)
+    if keep in ("gates", "states") and _makes_gradients(hidden, student, backend):
+        keep = "gradients"
     student_logits, teacher_logits, labels, *settings = logits or (None, None, None)
     losses = _ChainLoss.apply(
         targets, row_mask, cu_seqlens, seq_len, eps, matmul_dtype, loss_weight, keep, backend, teacher_logits, labels,

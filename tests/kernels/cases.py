@@ -97,17 +97,21 @@ def gradients(hidden: list, gates) -> dict[str, torch.Tensor]:
     return result | {f"grad of {name}": g.grad for name, g in zip(GATES, gates, strict=True)}
 
 
-def run_loss(case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=None) -> dict[str, torch.Tensor]:
+def run_loss(
+    case: Case, inputs: dict, dtype: torch.dtype, backend: str, function=None, upstream=None
+) -> dict[str, torch.Tensor]:
     """Hidden losses through the chain and all gradients, from an upstream gradient of 1, 2, ... for student layer 1,
-    2, ... ``function`` replaces ``chain_loss``."""
+    2, ... ``function`` replaces ``chain_loss``. With ``upstream``, K gradients in its place, the teacher needs none."""
     function = function or chain_loss
     hidden, student = ([h.detach().to(dtype).requires_grad_() for h in inputs[name]] for name in ("hidden", "student"))
+    if upstream is not None:
+        hidden = [h.detach() for h in hidden]
     gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     gates = [g.detach().clone().to(gate_dtype).requires_grad_() for g in inputs["gates"]]
     stack = SimpleNamespace(**dict(zip(GATES, gates, strict=True)), reverse=case.reverse)
     where = inputs["attention_mask"], inputs["cu_seqlens"]
     losses = function(student, hidden, stack, case.wanted, *where, 50.0, backend=backend)
-    (losses * torch.arange(1.0, len(losses) + 1)).sum().backward()
+    losses.backward((torch.arange(1.0, len(losses) + 1) if upstream is None else upstream).to(losses.dtype))
     result = {"losses": losses.detach()} | {f"grad of student layer {k}": h.grad for k, h in enumerate(student)}
     return result | gradients(hidden, gates)
 

@@ -117,6 +117,81 @@ def test_is_the_two_operators_one_after_another(backend, dtype):
     assert relative_error(one, two) < (1e-6 if dtype == torch.float32 else 1e-3)  # "torch" rounds no aggregate here
 
 
+@pytest.fixture
+def backward_calls(monkeypatch):
+    """Every forward on a CPU makes the gradients; the calls of the operator that makes them in backward."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("gradients are made in forward on a CPU alone")
+    calls, plain = [], ops.chain_loss_backward
+    monkeypatch.setattr(launch, "GRADIENTS_IN_FORWARD_ROWS", 0)
+    monkeypatch.setattr(ops, "chain_loss_backward", lambda *arguments: (calls.append(1), plain(*arguments))[1])
+    return calls
+
+
+@pytest.mark.parametrize("upstream", ((1.0, 1.0), (0.3, 0.3), (1.0, 2.0)))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", ("sequence", "token"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_gradients_made_in_forward(dtype, norm, mode, upstream, poisoned_allocations, small_blocks, backward_calls):
+    """Scaled in backward where one number flows back, made anew where several do, and in float16."""
+    case, upstream = Case(norm=norm, mode=mode), torch.tensor(upstream)
+    inputs = case.build(dtype)
+    expected = run_loss(case, inputs, torch.float64, "reference", upstream=upstream)
+    check(run_loss(case, inputs, dtype, "torch", upstream=upstream), expected, TOLERANCE[dtype])
+    assert bool(backward_calls) == (upstream[0] != upstream[1] or dtype == torch.float16)
+
+
+def test_gradients_made_in_forward_are_those_of_backward(monkeypatch, small_blocks, backward_calls):
+    """And the losses; also of an early end, from autocast's products, and where only some of the inputs train."""
+    case = Case(layers=12, wanted=(0, 7, 4))
+    inputs = case.build(torch.float32)
+
+    def results() -> list[torch.Tensor]:
+        found = list(run_loss(case, inputs, torch.float32, "torch", upstream=torch.ones(3)).values())
+        with torch.autocast("cpu", torch.bfloat16):
+            found += run_loss(case, inputs, torch.float32, "torch", upstream=torch.ones(3)).values()
+        weight, *gates = inputs["gates"]
+        weight = weight.clone().requires_grad_()
+        losses = chain_loss(inputs["student"], inputs["hidden"], [weight, *gates], case.wanted, backend="torch")
+        losses.sum().backward()
+        return [tensor for tensor in (*found, losses.detach(), weight.grad) if tensor is not None]
+
+    forward = results()
+    assert not backward_calls
+    monkeypatch.setattr(launch, "GRADIENTS_IN_FORWARD_ROWS", 10**6)
+    backward = results()
+    assert len(backward_calls) == 3
+    for ours, right in zip(forward, backward, strict=True):
+        assert torch.equal(ours, right)
+
+
+def test_gradients_made_in_forward_outlive_a_second_backward(backward_calls):
+    """What PyTorch then adds to the leaves' gradients must not be what is kept for another call."""
+    case = Case()
+    inputs = case.build(torch.float32)
+    student = [h.requires_grad_() for h in inputs["student"]]
+    gates = [g.requires_grad_() for g in inputs["gates"]]
+    loss = chain_loss([h * 1 for h in student], inputs["hidden"], gates, case.wanted, backend="torch").sum()
+    leaves = [*student, *gates]
+    loss.backward(retain_graph=True)
+    first = [leaf.grad.clone() for leaf in leaves]
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for leaf, grad in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 4 * grad)
+    assert not backward_calls
+
+
+def test_gradients_are_made_in_forward_where_rows_are_many():
+    many, few = (
+        [torch.empty(rows, 2, device="cpu")] for rows in (launch.GRADIENTS_IN_FORWARD_ROWS + by for by in (0, -1))
+    )
+    assert ops._makes_gradients(many, many, "torch")
+    assert not ops._makes_gradients(few, few, "torch")
+    assert not ops._makes_gradients(many, many, "triton")
+    assert not ops._makes_gradients([many[0].clone().requires_grad_()], many, "torch")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_may_hold_anything(backend):
     """NaN in padding rows reaches neither losses nor gradients; an example may be all padding."""
@@ -194,7 +269,7 @@ def test_opcheck(backend, mode):
     hidden, student, gates, where = operands(case, case.build(torch.float32))
     arguments = (hidden, student, [0, 2], *gates, *where, 1e-5, torch.float32, 3.0, "gates", backend)
     torch.library.opcheck(ops.chain_loss_forward, arguments)
-    losses, factor, _, kept_gates, _, *kept = ops.chain_loss_forward(*arguments)
+    losses, factor, _, kept_gates, _, _, *kept = ops.chain_loss_forward(*arguments)
     logits = (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16)
     for *needs, slope in ((True, True, True, logits), (True, False, False, (None, None, None))):
         torch.library.opcheck(
@@ -203,8 +278,9 @@ def test_opcheck(backend, mode):
         )
 
 
-@pytest.mark.parametrize("keep", ("gates", "states"))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "keep"), [*((name, keep) for name in BACKENDS for keep in ("gates", "states")), ("torch", "gradients")]
+)
 def test_opcheck_where_weights_are_cast(backend, keep):
     case = Case(batch=2, length=4, hidden_size=8, layers=3, wanted=(0, 2))
     hidden, student, gates, where = operands(case, case.build(torch.bfloat16))
@@ -212,7 +288,8 @@ def test_opcheck_where_weights_are_cast(backend, keep):
     torch.library.opcheck(
         ops.chain_loss_forward, (hidden, student, [0, 2], *gates, *options, 3.0, keep, backend)
     )  # fmt: skip
-    torch.library.opcheck(ops.aggregate_forward, (hidden, *gates, *options, keep, backend))
+    if keep != "gradients":
+        torch.library.opcheck(ops.aggregate_forward, (hidden, *gates, *options, keep, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
