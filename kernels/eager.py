@@ -44,11 +44,13 @@ def _weight_gradient(grad: Tensor, state: Tensor) -> Tensor:
 
 
 def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weight, norm_bias, eps: float):
-    """What follows a gate's product: blend, aggregate, statistics of the norm."""
+    """What follows a gate's product: its values and the blend, as the chain takes them, aggregate, the norm's
+    statistics."""
     dtype = previous.dtype
-    blend = block.zero_padding_(torch.lerp(previous, layer[block.rows].to(dtype), gate.to(dtype)))
+    gate = gate.to(dtype)
+    blend = block.zero_padding_(torch.lerp(previous, layer[block.rows].to(dtype), gate))
     state, statistics = block.norm.forward(blend, norm_weight, norm_bias, eps)
-    return blend, block.zero_padding_(state), statistics
+    return gate, blend, block.zero_padding_(state), statistics
 
 
 def _difference(student: Tensor, block: Block, state: Tensor, out: Tensor | None = None) -> Tensor:
@@ -117,7 +119,7 @@ def _forward(
                 gates[i] = gate
             elif gates:
                 gates[i][block.rows] = gate
-            _, state, _ = _step(block, state, hidden[i + 1], gate, *affine, eps)
+            _, _, state, _ = _step(block, state, hidden[i + 1], gate, *affine, eps)
             visit(i + 1, block, state)
     return gates
 
@@ -159,16 +161,15 @@ def _backward(
                 else:
                     operand = gathered[1].add(i, block, states[i]) if need_parameters else states[i].to(weight.dtype)
                     gate = _linear(operand, *products[i], "sigmoid")
-                blend, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
+                *step, state, statistics = _step(block, states[i], hidden[i + 1], gate, *parameters[i][1:], eps)
                 states.append(state)
-                steps.append((gate, blend, statistics))
+                steps.append((*step, statistics))
 
             carry = add_gradient(top, block, states.pop(), None)
             for i in reversed(range(top)):
                 state, (gate, blend, statistics) = states.pop(), steps.pop()
                 transposed, *affine = parameters[i]
                 if need_hidden or need_parameters:
-                    gate = gate.to(norm_weight.dtype)
                     grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
                     if need_hidden:
                         grad_hidden[i + 1, block.rows] = grad_blend * gate
