@@ -282,7 +282,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"its format is {manifest['format']}; this version reads {_FORMAT}")
         tree = json.loads((path / _STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, _put_tensors(tree, load_file(path / _TENSORS)), (path / _RUN_LOG).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -382,7 +382,8 @@ def own_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        file = lock.open("a", encoding="utf-8")
+        through_no_link = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(lock, through_no_link, 0o666), "a", encoding="utf-8")
         _lock(file)
     except BlockingIOError as error:
         raise ValueError(

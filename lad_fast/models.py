@@ -23,7 +23,7 @@ from lad_fast.gates import check_inside
 from lad_fast.glue import Task, brief
 from lad_fast.packed import ATTENTION, Packing, can_pack, first_position, pooled_logits
 
-__all__ = ["build_student", "load_classifier", "model_inputs", "quiet", "run_model", "save_checkpoint"]
+__all__ = ["build_student", "load_classifier", "model_inputs", "put_back", "quiet", "run_model", "save_checkpoint"]
 
 
 def load_classifier(
@@ -485,6 +485,17 @@ def check_new_folder(output_dir: Path) -> None:
         raise ValueError(f"output_dir is {output_dir}, which is there; it takes a new or an empty folder")
 
 
+def _replaced(folder: Path) -> Path:
+    """The name of what is being replaced by :func:`save_checkpoint`."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_back(folder: Path) -> None:
+    """Undo what :func:`save_checkpoint` had done when it was killed between its two renames."""
+    if _replaced(folder).exists() and not folder.exists():
+        _replaced(folder).rename(folder)
+
+
 def save_checkpoint(
     folder: str | Path,
     model: PreTrainedModel,
@@ -506,9 +517,8 @@ def save_checkpoint(
         OSError: no room, or another failure to write; what was there is left as it was.
     """
     folder = Path(folder)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
+    put_back(folder)
+    partial, old = folder.with_name(f".{folder.name}.partial"), _replaced(folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -527,6 +537,9 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} could not be written ({error})") from error
+    except Exception:  # of a model or tokenizer whose own saving fails
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

@@ -49,6 +49,7 @@ from lad_fast.models import (
     check_max_length,
     load_classifier,
     model_inputs,
+    put_back,
     quiet,
     run_model,
     save_checkpoint,
@@ -588,7 +589,7 @@ def _run(
     dump = partial(_dump, config, task, step, batches)
     with world.first_enters(tracker), _Log(config, task.name, step, batches.split.ids, dump, tracker) as log:
         if found is not None:
-            position, best = found.state["position"], world.first(_bring_best, found, output_dir)
+            position, best = found.state["position"], world.first(_bring_best, found, output_dir, task)
             step.load_state_dict(found.state["step"])
             log.load_state_dict(found.state["log"], found.log)
             set_rng_state(found.state["rng"][world.rank], device)
@@ -635,7 +636,7 @@ def _run(
                 card = model_card(output_dir.resolve().name, task, state, run["settings"], sources, VERSIONS)
                 inputs = {"max_length": config.max_length, "num_texts": len(task.text_columns)}
                 saved = step.student, tokenizer, step.gates, state | inputs, card
-                score = sum(values[task.best_metric] for values in metrics.values())
+                score = _score(task, metrics)
                 # Without evaluation nothing tells epochs apart, and the last is taken.
                 if best is None or score > best[0] or not metrics:
                     best = score, state
@@ -723,6 +724,9 @@ def _check_folder(output_dir: Path) -> None:
     """Raises a ValueError where a run would write over what no run wrote, a model's config.json above all."""
     names = ("config.json", "best", "last", "log.jsonl", "results.json", "tensorboard")
     there = [name for name in names if (output_dir / name).exists()]
+    for name in names[:-1]:
+        if (output_dir / name).is_symlink():
+            raise ValueError(f"output_dir is {output_dir}; its {name} is a link, which no run writes through")
     try:
         config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
         is_run = "output_dir" in config
@@ -778,17 +782,33 @@ def _finished(output_dir: Path, run: dict, model: PreTrainedModel) -> tuple[dict
     return content, last.state_dict()
 
 
-def _bring_best(found: Checkpoint, output_dir: Path) -> list | None:
-    """The checkpoint's best score so far, and its model too, where the checkpoint is another folder's."""
+def _score(task: Task, metrics: dict[str, dict[str, float]]) -> float:
+    """What epochs are compared by."""
+    return sum(values[task.best_metric] for values in metrics.values())
+
+
+def _bring_best(found: Checkpoint, output_dir: Path, task: Task) -> list | None:
+    """The best score so far and what is told of it; its model comes along, where the checkpoint is another folder's.
+
+    The model in "best" counts, not what the checkpoint says of it: a run may have ended after an epoch and before its
+    next checkpoint, and that epoch may not come out to the same bits again.
+    """
     best, source, target = found.state["best"], found.path.parent.parent / "best", output_dir / "best"
-    if best is None or source.resolve() == target.resolve():
-        return best
-    if not source.is_dir():
-        _LOG.warning("%s: %s is absent; epochs before it are out of the running for best", found.path, source)
+    if best is None:
         return None
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
-    return best
+    put_back(source)
+    try:
+        told = json.loads((source / "training.json").read_text(encoding="utf-8"))
+        state = {name: told[name] for name in best[1]}
+        score = _score(task, state["metrics"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = "absent" if not source.is_dir() else f"damaged ({type(error).__name__}: {error})"
+        _LOG.warning("%s: %s is %s; epochs before it are out of the running for best", found.path, source, why)
+        return None
+    if source.resolve() != target.resolve():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+    return [score, state]
 
 
 def _refill_cache(step: DistillStep, batches: Batches, position: dict, signals: StopSignals) -> None:

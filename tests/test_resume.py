@@ -242,7 +242,10 @@ def test_thirty_kills_change_nothing(tmp_path, undisturbed):
     print(f"{len(kills)} kills in {runs} runs of {min(seconds):.2f} s: {sum(kills)} of them in a save")
 
 
-POINTS = ["tensors written", "before the rename", "after the rename", "while old ones go"]
+POINTS = [
+    "tensors written", "before the rename", "after the rename", "while old ones go", "while last is replaced",
+    "before the results", "before the last checkpoint goes",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -266,8 +269,16 @@ def test_killed_inside_a_save(tmp_path, undisturbed, monkeypatch, point):
             monkeypatch.setattr(checkpoint, "sync", on_call(9, checkpoint.sync))
         elif point == "after the rename":
             monkeypatch.setattr(Checkpoints, "_prune", on_call(3, Checkpoints._prune))
-        else:
+        elif point == "while old ones go":
             monkeypatch.setattr(checkpoint, "_discard", on_call(3, checkpoint._discard))
+        elif point == "while last is replaced":
+            rename = Path.rename
+            die_at_last = lambda path, to: die() if path.name == ".last.partial" else rename(path, to)  # noqa: E731
+            monkeypatch.setattr(Path, "rename", die_at_last)
+        elif point == "before the results":
+            monkeypatch.setattr(training, "write_json", on_call(1, training.write_json))
+        else:
+            monkeypatch.setattr(Checkpoints, "clear", die)
         try:
             train(tmp_path)
         finally:
@@ -279,11 +290,18 @@ def test_killed_inside_a_save(tmp_path, undisturbed, monkeypatch, point):
     assert outcome(tmp_path) == undisturbed()
 
 
-def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
-    def score(*values):
+@pytest.fixture
+def score(monkeypatch):
+    """Call it with the accuracies that the next evaluations come to."""
+
+    def come_to(*values):
         scores = iter(values)
         monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
 
+    return come_to
+
+
+def test_the_best_so_far_is_remembered(tmp_path, score):
     score(0.75)
     stopped(tmp_path, 20)
     score(0.5, 0.25)
@@ -293,11 +311,49 @@ def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
     assert [line["metrics"]["validation"]["accuracy"] for line in result.history] == [0.75, 0.5, 0.25]
 
 
-def test_the_best_so_far_comes_along(tmp_path, monkeypatch, caplog):
-    def score(*values):
-        scores = iter(values)
-        monkeypatch.setattr(training, "compute_metrics", lambda *_: {"accuracy": next(scores)})
+@pytest.mark.parametrize("moment", ["after an epoch's models", "between two renames of best"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_best_is_the_model_that_is_there(tmp_path, score, monkeypatch, moment):
+    """A run is killed after its second epoch, which then comes out worse: on a GPU it may."""
+    score(0.5)
+    stopped(tmp_path, 20, save_steps=None)
+    pid = os.fork()
+    if pid == 0:
+        rename, name = Path.rename, {"after an epoch's models": ".last.partial"}.get(moment, ".best.partial")
+        die = lambda path, to: os.kill(os.getpid(), signal.SIGKILL) if path.name == name else rename(path, to)  # noqa: E731
+        monkeypatch.setattr(Path, "rename", die)
+        score(0.9)
+        try:
+            train(tmp_path, save_steps=None)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert (tmp_path / "best").exists() == (moment == "after an epoch's models")
+    score(0.4, 0.3)
+    result = train(tmp_path, save_steps=None)
+    told = json.loads((tmp_path / "best/training.json").read_text())
+    expected = (26, 0.9) if moment == "after an epoch's models" else (13, 0.5)
+    assert (result.best_step, result.best_metrics["validation"]["accuracy"]) == expected
+    assert (told["step"], told["metrics"]["validation"]["accuracy"]) == expected
+    assert not (tmp_path / ".best.old").exists()
 
+
+@pytest.mark.parametrize("content", [None, "[", '{"step": 13}'])
+def test_a_best_model_that_is_gone_is_out_of_the_running(tmp_path, score, caplog, content):
+    score(0.75)
+    stopped(tmp_path, 20)
+    if content is None:
+        shutil.rmtree(tmp_path / "best")
+    else:
+        (tmp_path / "best/training.json").write_text(content)
+    score(0.5, 0.25)
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path).best_step == 26
+    assert f"best is {'absent' if content is None else 'damaged'}" in caplog.text
+    assert json.loads((tmp_path / "best/training.json").read_text())["step"] == 26
+
+
+def test_the_best_so_far_comes_along(tmp_path, score, caplog):
     score(0.75)
     path = stopped(tmp_path / "first", 20).path
     best = (tmp_path / "first/best/model.safetensors").read_bytes()
@@ -379,7 +435,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_the_command_line_says_how_it_stopped(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_line_says_how_it_stopped(tmp_path, capsys, number):
     """The whole way: a process, a signal, an exit code and one line; then the same command again."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no"]
     save_checkpoint(tmp_path / "model", bert(), BertTokenizer(vocab={word: i for i, word in enumerate(words)}))
@@ -396,11 +453,11 @@ def test_the_command_line_says_how_it_stopped(tmp_path, capsys):
     )
     while not list(tmp_path.glob("run/checkpoints/step-*")) and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert len(told.splitlines()) == 1, told
-    assert told.startswith("lad-fast: stopped by SIGTERM after step "), told
+    assert told.startswith(f"lad-fast: stopped by {number.name} after step "), told
     assert cli.main([*argv, "--epochs", "2"]) == 2  # not the run it was
     assert "epochs was 30 and is 2" in capsys.readouterr().err
 
@@ -597,6 +654,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, caplog, file
     assert outcome(tmp_path) == undisturbed()
 
 
+def test_a_manifest_too_deep_to_read_is_passed_over(tmp_path, undisturbed, caplog):
+    newest = stopped(tmp_path, 16).path
+    (newest / "manifest.json").write_text("[" * 10**5)
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path)
+    assert f"{newest} is damaged (RecursionError" in caplog.text
+    assert outcome(tmp_path) == undisturbed()
+
+
 def test_nothing_whole_is_no_new_start(tmp_path):
     stopped(tmp_path, 16)
     for path in (tmp_path / "checkpoints").iterdir():
@@ -703,6 +769,30 @@ def test_a_model_caught_between_two_renames_is_put_back(tmp_path):
 
 def never(*_):
     pytest.fail("training started")
+
+
+@pytest.mark.parametrize("name", [".lock", "log.jsonl", "best", "last", "results.json", "config.json"])
+def test_a_run_writes_through_no_link(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "of others").write_text("precious")
+    where = tmp_path / ("elsewhere" if name in ("best", "last") else "of others")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(where)
+    with pytest.raises(ValueError, match=f"output_dir is .*{name}"):
+        train(tmp_path / "run", hook=never)
+    assert (tmp_path / "of others").read_text() == "precious"
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path, undisturbed):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    stopped(tmp_path / "run")
+    assert names(tmp_path / "run")
+    train(tmp_path / "run")
+    assert outcome(tmp_path / "run") == undisturbed()
+    assert (tmp_path / "disk/file").read_text() == "precious"
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path):
@@ -816,6 +906,21 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path, objectives, precision
     told = f"step 5: not finite: {parts}; ids of its examples: {first_epochs_ids(4)}"
     assert str(error.value) == f"{told}; lad-fast replay {tmp_path}/not-finite-step-5 runs it again"
     assert len(calls) == (5 if at_once else 6)  # log_every is 3
+
+
+def test_logits_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    classifier, calls = torch.nn.Linear.forward, count()
+
+    def spoilt(layer, states):
+        logits = classifier(layer, states)
+        of_student = layer.out_features == 2 and logits.requires_grad
+        return logits * float("nan") if of_student and next(calls) == 4 else logits
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", spoilt)
+    with pytest.raises(FloatingPointError) as error:
+        train(tmp_path)
+    parts = "loss, logits_loss, gradient of student"
+    assert str(error.value).startswith(f"step 5: not finite: {parts}; ids of its examples: {first_epochs_ids(4)}; ")
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path, objectives):
