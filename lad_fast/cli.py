@@ -399,6 +399,7 @@ def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
     def predict(split: str) -> Evaluation:
         examples = load_split(task, split, config.data_dir)
         tokens = tokenize(examples, tokenizer, max_length, config.cache_dir)
+        print(tokens.summary(max_length), file=sys.stderr)
         batches = Batches(tokens, config.batch_size, tokenizer.pad_token_id, shuffle=False, max_length=max_length)
         return training.evaluate(model, batches, task, device, config.precision)
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lad_fast.glue import DataError, Examples, Task, checked_ids, checked_labels
+from lad_fast.glue import DataError, Examples, Task, brief, checked_ids, checked_labels
 
 __all__ = ["Batches", "TokenizedSplit", "tokenize"]
 
 _LOG = logging.getLogger(__name__)
 _CACHE_FORMAT = 1  # to be raised when other tokens would come from the same texts, or the arrays change
 _CHUNK = 10_000  # examples tokenised at once: bounds the memory of Python lists
+_MOST_NAMED = 20  # classes that a summary counts
 _MEGA_BATCH = 50  # batches among which examples are grouped by length
 
 
@@ -67,6 +68,21 @@ class TokenizedSplit:
     def lengths(self) -> np.ndarray:
         """(N,) int64 tokens of each example."""
         return np.diff(self.offsets)
+
+    def summary(self, max_length: int) -> str:
+        """A line on what there is: examples, their tokens, those that ``max_length`` cut, their labels."""
+        told = f"{self.task.name} {self.split}: {len(self):,} examples"
+        if len(self):
+            told += f" of {self.lengths.min()} to {self.lengths.max()} tokens"
+        if full := int((self.lengths >= max_length).sum()):
+            told += f", {full:,} cut there or just as long"
+        if self.labels is None or not len(self):
+            return told
+        if self.task.is_regression:
+            return f"{told}; scores from {self.labels.min():g} to {self.labels.max():g}"
+        counts = np.bincount(self.labels, minlength=self.task.num_labels)
+        named = [f"{brief(name)} {count:,}" for name, count in zip(self.task.labels, counts, strict=True)]
+        return f"{told}; {', '.join(named[:_MOST_NAMED])}" + ", ..." * (len(named) > _MOST_NAMED)
 
 
 def _check_tokens(where: str, input_ids, token_type_ids, offsets) -> None:

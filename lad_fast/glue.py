@@ -79,6 +79,8 @@ class Task:
     score_format: str = "{:.3f}"
 
     def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name == "..":
+            raise ValueError(f"name is {self.name!r}; it becomes part of files' names and takes no path")
         if len(self.text_columns) not in (1, 2):
             raise ValueError(f"text_columns is {self.text_columns!r}; a task has one or two")
         if not self.metrics or not set(self.metrics) <= set(METRICS) or self.best_metric not in self.metrics:

@@ -151,7 +151,7 @@ _ENTRIES = (
 
 def _check_folder(name_or_path, folder: Path) -> None:
     """Raises a ValueError for what a folder from a stranger must not ask of Transformers."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
         if not path.is_dir() and not path.is_file():
             raise ValueError(f"model {name_or_path}: {path.name} is no regular file")
         try:
@@ -179,6 +179,8 @@ def _check_folder(name_or_path, folder: Path) -> None:
             # Transformers of old noted where a tokenizer was read from: an absent file of another machine does no harm.
             is_leftover = isinstance(value, str) and Path(value).is_absolute() and not os.path.lexists(value)
             if re.match(r"\w+_files?\b|init_inputs\b", name) and not is_leftover:
+                _check_names(where, value)
+            if re.fullmatch(r"chat_template\.\d+\.name", name):  # a file's, when the tokenizer is saved
                 _check_names(where, value)
             if name == "model_max_length" and value is not None and (type(value) not in _NUMBER or value < 1):
                 raise ValueError(f"{where} is {brief(value)}; it takes a number of tokens")

@@ -519,6 +519,8 @@ def _load_batches(
         if split.labels is None:
             raise ValueError(f"split {name} has no labels; training and evaluation take labelled ones")
         check_vocabulary(split, model)
+        if config.progress and current_world().is_first:
+            print(split.summary(config.max_length), file=sys.stderr)
     pad_token_id = model.config.pad_token_id if tokenizer is None else tokenizer.pad_token_id
     on_gpu = device.type == "cuda"
     # Widths of a multiple of 8 suit a GPU's matrix units; on a CPU they are only more padding (docs/performance.md).

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lad_fast import data
 from lad_fast.data import Batches, num_tokens, tokenize
-from lad_fast.glue import DataError, Examples, load_split
+from lad_fast.glue import DataError, Examples, Task, load_split
 
 WORDS = [f"w{i}" for i in range(40)]
 CLS, SEP = 2, 3
@@ -78,6 +78,20 @@ def test_truncation_cuts_the_longer_text(tokenizer):
 def test_an_empty_text_keeps_its_special_tokens(tokenizer):
     split = tokenize(Examples("sst2", "train", ["", " \t "], labels=[0, 1]), tokenizer, 8)
     assert rows(split) == [[CLS, SEP], [CLS, SEP]]
+
+
+def test_a_summary_counts_what_there_is(tokenizer):
+    texts = ["w0 w1", "", "w5 " * 30, "w7 " * 6]
+    told = tokenize(Examples("sst2", "train", texts, labels=[0, 1, 1, 1]), tokenizer, 8).summary(8)
+    assert told == "sst2 train: 4 examples of 2 to 8 tokens, 2 cut there or just as long; 'negative' 1, 'positive' 3"
+    told = tokenize(Examples("sst2", "test", texts[:2], ids=[4, 5]), tokenizer, 8).summary(8)
+    assert told == "sst2 test: 2 examples of 2 to 4 tokens"
+    told = tokenize(Examples("stsb", "train", texts, texts, [0.5, 1.0, 2.0, 4.25]), tokenizer, 100).summary(100)
+    assert told == "stsb train: 4 examples of 3 to 63 tokens; scores from 0.5 to 4.25"
+    many = Task("many", ("text",), labels=tuple(f"class\n{i}" for i in range(25)))
+    told = tokenize(Examples(many, "train", texts, labels=[0, 3, 24, 24]), tokenizer, 100).summary(100)
+    assert "'class\\n0' 1, 'class\\n1' 0, 'class\\n2' 0, 'class\\n3' 1" in told and told.endswith("'class\\n19' 0, ...")
+    assert len(told.splitlines()) == 1
 
 
 def test_chunks_join_without_a_seam(tokenizer, split, monkeypatch):

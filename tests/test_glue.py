@@ -390,6 +390,8 @@ def test_bad_examples(arguments, message):
         ({"best_metric": "f1"}, "best_metric 'f1'"),
         ({"labels": ()}, "one of the two"),
         ({"label_range": (0, 1)}, "one of the two"),
+        ({"name": "../own"}, "name is '../own'; it becomes part of files' names"),
+        ({"name": ".."}, "takes no path"),
     ],
 )
 def test_bad_task(arguments, message):

@@ -486,6 +486,22 @@ def test_tokenizer_files_named_outside(model, entry, name):
     refused(model, rf"tokenizer_config\.json: {entry}.* is {re.escape(repr(name))}; it takes .*name")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", ".."])
+def test_chat_templates_named_outside(model, name):
+    """Transformers writes each to a file of its name."""
+    change(model / "tokenizer_config.json", chat_template=[{"name": name, "template": "{{ 1 }}"}])
+    refused(model, rf"tokenizer_config\.json: chat_template.* is {re.escape(repr(name))}; it takes .*name")
+    change(model / "tokenizer_config.json", chat_template=[{"name": "default", "template": "{{ 1 }}"}])
+    load_classifier(model, RTE)
+
+
+def test_a_link_of_a_chat_template_that_leaves_the_folder(model):
+    (model.parent / "outside.jinja").write_text("secret")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/a.jinja").symlink_to(model.parent / "outside.jinja")
+    refused(model, r"additional_chat_templates/a\.jinja leads out of the folder")
+
+
 def test_a_tokenizers_old_place_does_no_harm(model):
     """Old versions of Transformers wrote it down, and many published folders hold it."""
     change(model / "tokenizer_config.json", tokenizer_file="/root/nobody/.cache/tokenizer.json", name_or_path="a/b")
