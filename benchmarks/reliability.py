@@ -38,6 +38,25 @@ PROMISES = (
     ),
     Promise("So does one killed in any part of a save", (f"{RESUME}::test_killed_inside_a_save",)),
     Promise(
+        "Checkpoints by steps and by minutes, of which the last few are kept; the best model is the one told of",
+        (
+            f"{RESUME}::test_minutes_are_counted_from_the_last_checkpoint",
+            f"{RESUME}::test_the_last_checkpoints_are_kept",
+            f"{RESUME}::test_the_best_so_far_is_remembered",
+            f"{RESUME}::test_the_best_so_far_comes_along",
+            f"{RESUME}::test_the_best_is_the_model_that_is_there",
+            f"{RESUME}::test_a_best_model_that_is_gone_is_out_of_the_running",
+        ),
+    ),
+    Promise(
+        "SIGTERM and SIGINT end a run after a whole step with a checkpoint, a message and a code of their own",
+        (
+            f"{RESUME}::test_a_signal_finishes_the_step_and_saves",
+            f"{RESUME}::test_the_command_line_says_how_it_stopped",
+            f"{RESUME}::test_a_second_signal_does_what_it_did_before",
+        ),
+    ),
+    Promise(
         "A run that was stopped goes on to the same bits, whatever its engine",
         (f"{RESUME}::test_a_stopped_run_goes_on_to_the_bit",),
     ),
@@ -47,7 +66,11 @@ PROMISES = (
     ),
     Promise(
         "A damaged checkpoint is passed over for the one before it, or named",
-        (f"{RESUME}::test_a_damaged_checkpoint_is_passed_over", f"{RESUME}::test_nothing_whole_is_no_new_start"),
+        (
+            f"{RESUME}::test_a_damaged_checkpoint_is_passed_over",
+            f"{RESUME}::test_a_manifest_too_deep_to_read_is_passed_over",
+            f"{RESUME}::test_nothing_whole_is_no_new_start",
+        ),
     ),
     Promise(
         "A full disk leaves the older checkpoints and models, and is named",
@@ -56,14 +79,16 @@ PROMISES = (
             f"{RESUME}::test_a_file_size_limit_leaves_the_older_checkpoints",
             f"{RESUME}::test_a_full_disk_leaves_the_saved_models",
             f"{RESUME}::test_a_full_disk_names_the_file",
+            f"{RESUME}::test_a_full_disk_under_tensorboard_names_the_folder",
         ),
     ),
     Promise(
-        "A folder that is read-only, a file or in use by another run is refused",
+        "A folder that is read-only, a file, in use by another run or full of links is refused",
         (
             f"{RESUME}::test_a_read_only_folder_is_refused",
             f"{RESUME}::test_a_file_in_the_folders_place_is_refused",
             f"{RESUME}::test_a_folder_in_use_is_refused",
+            f"{RESUME}::test_a_run_writes_through_no_link",
         ),
     ),
     Promise(
@@ -71,8 +96,16 @@ PROMISES = (
         (
             f"{RESUME}::test_numbers_that_are_not_finite_end_the_run",
             f"{RESUME}::test_a_gradient_that_is_not_finite_is_named",
+            f"{RESUME}::test_logits_that_are_not_finite_are_named",
             f"{RESUME}::test_no_checkpoint_is_made_of_numbers_that_are_not_finite",
             f"{RESUME}::test_a_loss_scaler_that_only_skips_ends_the_run",
+        ),
+    ),
+    Promise(
+        "Steps that a loss scaler skips are counted, and go on counting in a run that goes on",
+        (
+            f"{RESUME}::test_steps_that_the_loss_scaler_skips_are_counted",
+            f"{RESUME}::test_steps_skipped_in_a_row_are_counted_on",
         ),
     ),
     Promise(
@@ -81,6 +114,17 @@ PROMISES = (
     ),
     Promise("Saturated and collapsed gates are told once, and no others", ("tests/test_gate_condition.py",)),
     Promise("Broken data load as written or are refused by file and row", (DATA, "tests/test_tasks.py")),
+    Promise(
+        "What is read is counted: examples, tokens, cut ones, labels, rows left out",
+        (
+            "tests/test_data.py::test_a_summary_counts_what_there_is",
+            f"{DATA}::test_rows_that_the_task_leaves_out_are_counted",
+        ),
+    ),
+    Promise(
+        "Texts from data and models stay texts in reports and cards",
+        ("tests/test_report.py::test_texts_from_files_are_only_texts", "tests/test_card.py::test_texts_stay_texts"),
+    ),
     Promise(
         "Threads, forked and spawned processes, no or a broken Triton, two devices: the same numbers, or a named error",
         ("tests/test_processes.py",),

@@ -5,6 +5,7 @@ step comes twice, and none after the checkpoint is left over.
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["TRACKERS", "Tracker", "scalars"]
@@ -67,18 +68,22 @@ class TensorBoard(Tracker):
     def __enter__(self) -> "TensorBoard":
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.output_dir / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        self.writer = SummaryWriter(str(folder))
+        self.folder = self.output_dir / "tensorboard"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(self.folder))
         return self
 
     def __exit__(self, *error) -> None:
-        self.writer.close()
+        with suppress(OSError):  # each line has been flushed, or its failure is on its way
+            self.writer.close()
 
     def write(self, record: dict) -> None:
-        for name, value in scalars(record).items():
-            self.writer.add_scalar(name, value, record["step"])
-        self.writer.flush()
+        try:
+            for name, value in scalars(record).items():
+                self.writer.add_scalar(name, value, record["step"])
+            self.writer.flush()
+        except OSError as error:  # from TensorBoard's thread, which knows no file's name
+            raise OSError(f"{self.folder} could not be written ({error})") from error
 
 
 class WandB(Tracker):

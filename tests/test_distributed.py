@@ -117,7 +117,7 @@ def work(jobs, folder):
     """What torchrun runs: jobs one after another in each of its processes, in groups that come and go."""
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    run = partial(train, processes=2)
+    run = partial(train, processes=2, device=os.environ["LAD_FAST_TEST_DEVICE"])
     for job in jobs:
         # The first process alone has files to write, so another's folder must stay absent.
         own = folder / job if rank == 0 else folder / "another's"
@@ -161,10 +161,10 @@ def work(jobs, folder):
             assert not dist.is_initialized(), "... or with its failure"
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, device="cpu"):
     """Two processes; what torchrun printed and returned."""
     command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node=2", "--standalone", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "LAD_FAST_TEST_DEVICE": device}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:
@@ -175,8 +175,8 @@ def torchrun(*arguments):
         return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
-def launch(folder, *jobs):
-    return torchrun(__file__, folder, *jobs)
+def launch(folder, *jobs, **options):
+    return torchrun(__file__, folder, *jobs, **options)
 
 
 @pytest.fixture(scope="module")
@@ -208,16 +208,36 @@ def numbers(record):
     return found
 
 
+def check_curves(alone, together):
+    """Losses and metrics to 1e-5, and they fall."""
+    ours, theirs = lines(alone), lines(together)
+    assert len(ours) == len(theirs) > 8
+    for one, other in zip(ours, theirs, strict=True):
+        assert numbers(other) == pytest.approx(numbers(one), rel=1e-5, abs=1e-9)
+    assert ours[0]["loss"] > ours[-2]["loss"]
+
+
+@pytest.mark.cuda
+def test_two_gpus_do_what_one_does(tmp_path):
+    """By NCCL; and one that fails ends both with its message."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("takes two GPUs")
+    done = launch(tmp_path, "sequence norm", "packed, cached on disk", device="cuda")
+    assert done.returncode == 0, done.stderr
+    for case in ("sequence norm", "packed, cached on disk"):
+        train(tmp_path / "alone" / case, 1, device="cuda", **CASES[case])
+        check_curves(tmp_path / "alone" / case, tmp_path / case)
+    failed = launch(tmp_path, "failing", device="cuda")
+    assert failed.returncode != 0
+    assert "RuntimeError: out of luck" in failed.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_do_what_one_does(tmp_path, pair, case):
     """Half the batch each: losses to 1e-5, metrics, and final weights."""
     alone = train(tmp_path, 1, **CASES[case])
-    ours, theirs = lines(tmp_path), lines(pair / case)
-    assert len(ours) == len(theirs) > 8
-    for one, other in zip(ours, theirs, strict=True):
-        assert numbers(other) == pytest.approx(numbers(one), rel=1e-5, abs=1e-9)
-    assert ours[0]["loss"] > ours[-2]["loss"]
+    check_curves(tmp_path, pair / case)
     results = json.loads((pair / case / "results.json").read_text())
     assert (results["tokens"], results["steps"]) == (alone.tokens, alone.steps)
     worst = 0.0

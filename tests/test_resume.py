@@ -162,6 +162,13 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, undisturbed, engine):
     assert len(tensors) > 20
 
 
+def test_one_example_to_train_on_and_one_to_score(tmp_path):
+    data = {"train": split(1), "evaluation": {"validation": split(1, seed=1, name="validation")}}
+    result = distill(settings(tmp_path), **data, teacher=bert(), student=bert(2, seed=1))
+    assert result.steps == 3
+    assert result.best_metrics["validation"]["accuracy"] in (0.0, 1.0)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_compiled_encoders(tmp_path, undisturbed, monkeypatch):
     # One length and no teacher, which has nothing to go on from: fewer graphs to compile.
@@ -751,6 +758,22 @@ def test_a_full_disk_names_the_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 4
     assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_full_disk_under_tensorboard_names_the_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    disk = tmpfs(tmp_path / "disk", "900k")
+
+    def fill():
+        free = os.statvfs(disk)
+        (disk / "fill").write_bytes(bytes(free.f_bavail * free.f_frsize))
+
+    try:
+        with pytest.raises(OSError, match=f"^{disk}/run/tensorboard could not be written .*No space left on device"):
+            train(disk / "run", log="tensorboard", save_steps=None, hook=after(8, fill), log_every=1)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_model_caught_between_two_renames_is_put_back(tmp_path):
