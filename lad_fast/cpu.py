@@ -178,9 +178,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        # A pooler's input is each example's first row: to operands with such strides oneDNN's reference code is left.
+        x = x.reshape(-1, x.shape[-1]).contiguous()
         return (
             _product(grad, weight.T) if needs_x else None,
-            _product(rows.T, x.reshape(-1, x.shape[-1]).T) if needs_weight else None,
+            _product(rows.T, x.T) if needs_weight else None,
             rows.sum(dim=0) if needs_bias else None,
         )
 

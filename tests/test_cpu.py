@@ -64,6 +64,24 @@ def test_linear(shape, has_bias, monkeypatch):
                 torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
+def test_linear_of_each_examples_first_row_hands_over_dense_operands(monkeypatch):
+    """A pooler's: for a transposed operand with gaps between its rows oneDNN has only code a hundred times slower."""
+    seen, product = [], launch.onednn_linear(torch.ones(1))
+
+    def noted(x, weight, *rest):
+        seen.append(weight)
+        return product(x, weight, *rest)
+
+    monkeypatch.setattr(launch, "onednn_linear", lambda operand: noted)
+    states, layer = torch.randn(3, 5, 8, requires_grad=True), torch.nn.Linear(8, 4)
+    with FasterOnCPU():
+        layer(states[:, 0]).sum().backward()
+    assert len(seen) == 3
+    assert all(weight.is_contiguous() or weight.T.is_contiguous() for weight in seen)
+    torch.testing.assert_close(layer.weight.grad, states[:, 0].sum(dim=0).expand(4, 8))
+
+
 def test_linear_in_other_dtypes_and_without_rows_is_pytorchs():
     layer = torch.nn.Linear(4, 3)
     with FasterOnCPU():
