@@ -36,6 +36,7 @@ PROMISES = (
         (f"{RESUME}::test_thirty_kills_change_nothing",),
         "KILLS",
     ),
+    Promise("So does a fine-tuning run", (f"{RESUME}::test_kills_change_no_fine_tuning",), "FINE_TUNING_KILLS"),
     Promise("So does one killed in any part of a save", (f"{RESUME}::test_killed_inside_a_save",)),
     Promise(
         "Checkpoints by steps and by minutes, of which the last few are kept; the best model is the one told of",

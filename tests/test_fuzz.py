@@ -42,10 +42,11 @@ from lad_fast.checkpoint import Checkpoints, read_checkpoint
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.functional import chain_loss
 from lad_fast.glue import get_task
-from lad_fast.kernels import eager
+from lad_fast.kernels import eager, launch
 from lad_fast.models import quiet, save_checkpoint
 from lad_fast.packed import enable_packing
 from lad_fast.step import DistillStep
+from lad_fast.strategies import AttentionObjective, LayerMapObjective
 from lad_fast.teacher_cache import TeacherCache
 from lad_fast.training import evaluate
 
@@ -358,6 +359,7 @@ GATES = {
     "reverse": st.booleans(),
 }
 WEIGHTS = st.sampled_from((0.0, 0.5, 1.0, 1000.0))
+GRADIENTS_IN_FORWARD_ROWS = (launch.GRADIENTS_IN_FORWARD_ROWS, 0)  # the calls drawn are all of fewer rows
 
 
 class PublicAPI(RuleBasedStateMachine):
@@ -379,9 +381,11 @@ class PublicAPI(RuleBasedStateMachine):
         memory=st.sampled_from(("auto", "low", "fast")),
         backend=st.integers(0, 3),
         compiles=st.integers(0, 9),
+        rows=st.sampled_from(GRADIENTS_IN_FORWARD_ROWS),
         seed=st.integers(0, 2**16),
     )
-    def build(self, gates, students, size, weights, regression, memory, backend, compiles, seed):
+    def build(self, gates, students, size, weights, regression, memory, backend, compiles, rows, seed):
+        launch.GRADIENTS_IN_FORWARD_ROWS = rows
         torch.manual_seed(seed)
         stack = GateStack(**gates)
         with torch.no_grad():  # not the ones and zeros that they start from
@@ -395,6 +399,9 @@ class PublicAPI(RuleBasedStateMachine):
         }  # fmt: skip
         self.objective = LADObjective(stack, **self.settings)
         self.compiles = compiles == 0
+
+    def teardown(self):
+        launch.GRADIENTS_IN_FORWARD_ROWS = GRADIENTS_IN_FORWARD_ROWS[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -775,7 +782,7 @@ class Training(RuleBasedStateMachine):
 
     @initialize(
         task=st.sampled_from((RTE, STSB)),
-        method=st.sampled_from(("lad", "lad", "logits", "none")),
+        method=st.sampled_from(("lad", "lad", "skip", "attention", "logits", "none")),
         layers=st.sampled_from(((2, 1), (2, 2), (3, 1), (3, 2))),
         sizes=st.sampled_from(((8, 8), (8, 4))),
         gates=st.fixed_dictionaries({name: GATES[name] for name in ("norm", "reverse")}),
@@ -783,9 +790,11 @@ class Training(RuleBasedStateMachine):
         precision=st.sampled_from(PRECISIONS),
         caches=st.booleans(),
         mask_padding=st.booleans(),
+        rows=st.sampled_from(GRADIENTS_IN_FORWARD_ROWS),
         seed=st.integers(0, 2**16),
     )
-    def build(self, task, method, layers, sizes, gates, dropout, precision, caches, mask_padding, seed):
+    def build(self, task, method, layers, sizes, gates, dropout, precision, caches, mask_padding, rows, seed):
+        launch.GRADIENTS_IN_FORWARD_ROWS = rows
         torch.manual_seed(seed)
         self.task, self.method, self.layers, self.sizes = task, method, layers, sizes
         self.gates, self.dropout, self.caches = gates, dropout, caches
@@ -795,6 +804,9 @@ class Training(RuleBasedStateMachine):
         self.before = copy.deepcopy(self.teacher.state_dict())
         self.step = self.make_step()
         self.step(*self.batches(0, 4, "longest"))
+
+    def teardown(self):
+        launch.GRADIENTS_IN_FORWARD_ROWS = GRADIENTS_IN_FORWARD_ROWS[0]
 
     def make_step(self) -> DistillStep:
         """With a student and gates drawn anew."""
@@ -807,14 +819,17 @@ class Training(RuleBasedStateMachine):
             objective = partial(lad_fast.fused_distill_loss, regression=self.task.is_regression, backend="torch")
             if self.caches:
                 cache = TeacherCache(
-                    self.split.lengths, self.layers[0] if self.method == "lad" else 0, self.sizes[0],
+                    self.split.lengths, 0 if self.method == "logits" else self.layers[0], self.sizes[0],
                     self.task.num_labels, dtype=torch.float32, device="cpu", place="cpu",
                 )  # fmt: skip
+        options = {"hidden_weight": 10.0, "regression": self.task.is_regression, "backend": "torch"}
+        options |= {"student_hidden_size": self.sizes[1]}
         if self.method == "lad":
-            objective = LADObjective(
-                GateStack(self.layers[0], self.sizes[0], 16, **self.gates), self.layers[1], hidden_weight=10.0,
-                regression=self.task.is_regression, student_hidden_size=self.sizes[1], backend="torch",
-            )  # fmt: skip
+            gates = GateStack(self.layers[0], self.sizes[0], 16, **self.gates)
+            objective = LADObjective(gates, self.layers[1], **options)
+        elif self.method in ("skip", "attention"):
+            kind = LayerMapObjective if self.method == "skip" else AttentionObjective
+            objective = kind(self.layers[0], self.sizes[0], self.layers[1], **options)
         return DistillStep(
             student, teacher, objective, learning_rate=1e-3, gate_learning_rate=1e-3, total_steps=100, warmup_steps=3,
             teacher_cache=cache, **self.options,

@@ -224,24 +224,37 @@ def killed_until_done(folder, delays, **options):
 
 
 KILLS = 30
+FINE_TUNING_KILLS = 10
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside pytest's own threads
 def test_thirty_kills_change_nothing(tmp_path, undisturbed):
-    expected = undisturbed(save_steps=1)
+    check_kills(tmp_path, undisturbed, KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_kills_change_no_fine_tuning(tmp_path, undisturbed):
+    check_kills(tmp_path, undisturbed, FINE_TUNING_KILLS, kind=FinetuneConfig)
+
+
+def check_kills(tmp_path, undisturbed, least, **options):
+    """At least so many kills at random moments, in as many runs as it takes."""
+    options |= {"save_steps": 1}
+    expected = undisturbed(**options)
     numbers, seconds = random.Random(20231), []
     for name in ("first", "second"):
         start = time.perf_counter()
-        assert killed_until_done(tmp_path / name, iter([60]), save_steps=1) == []
+        assert killed_until_done(tmp_path / name, iter([60]), **options) == []
         seconds.append(time.perf_counter() - start)
     kills, runs = [], 0
-    while len(kills) < KILLS:
+    while len(kills) < least:
         folder = tmp_path / str(runs)
         # Longer and longer, so that a run reaches a checkpoint also where starting takes most of its time; short again
         # for the next one: were they not, runs that have become faster than those timed above would not be killed.
         delays = (numbers.uniform(0, 0.5 * min(seconds) * 1.03**i) for i in count())
-        kills += killed_until_done(folder, delays, save_steps=1)
+        kills += killed_until_done(folder, delays, **options)
         runs += 1
         assert outcome(folder) == expected, f"killed in {kills}"
         assert not (folder / "checkpoints").exists(), "a finished run needs no checkpoints"
