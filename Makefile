@@ -1,6 +1,6 @@
 # make demo    trains a small teacher, distils it three ways, prints a table (about three minutes on two cores)
 # make test    the whole test suite
-# make bench   objective and training step beside the published code and plain PyTorch (under five minutes)
+# make bench   objective and training step beside the published code and plain PyTorch (about five minutes)
 # make fuzz    ten minutes of calls drawn at random; counts them in benchmarks/results and docs/reliability.md
 # make tables  the tables in README and docs anew, from the files under benchmarks/results and by counting
 # make docs    the API's pages, from docstrings, in site/

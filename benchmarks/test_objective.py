@@ -26,7 +26,7 @@ PASSES = ("forward", "forward+backward")
 
 
 def by_default(operation: str, passes: str, shape: Shape, name: str) -> bool:
-    """Whether a case belongs to the run without --full, which is to take under five minutes on two cores."""
+    """Whether a case belongs to the run without --full, which is to take about five minutes on two cores."""
     if passes == "forward":  # where gradients are made in forward, it is most of both
         return False
     # The slowest is timed once, at the small size, and what takes longest to get ready once, at the large one.

@@ -152,7 +152,7 @@ class BenchCommand:
     """Run the benchmark suite of a repository checkout and write what it measured."""
 
     full: bool = False
-    """Larger sizes too, as the device's memory allows; otherwise under five minutes on two cores."""
+    """Larger sizes too, as the device's memory allows; otherwise about five minutes on two cores."""
     output_dir: Path | None = None
     """Folder for the result file and its figure; None: benchmarks/results, and renews the tables of README and docs."""
     tune: bool = False
