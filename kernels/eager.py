@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lad_fast.kernels import launch as lc
-from lad_fast.kernels.blocks import Block, blocks
+from lad_fast.kernels.blocks import Block, RealRows, blocks
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -297,13 +297,17 @@ def _loss_factor(student: Tensor, row_mask: Tensor | None, weight: float) -> Ten
     return 2 * weight / (count.to(dtype) * hidden_size)
 
 
+def _real_rows(row_mask: Tensor | None, factor: Tensor) -> RealRows | None:
+    return None if row_mask is None else RealRows(row_mask, factor.dtype)
+
+
 def hidden_loss_forward(student, targets, row_mask, weight) -> tuple[Tensor, Tensor]:
     factor = _loss_factor(student[0], row_mask, weight)
-    sums = []
+    real, sums = _real_rows(row_mask, factor), []
     for h, a in zip(student, targets, strict=True):
         difference = h.to(factor.dtype) - a.to(factor.dtype)
-        if row_mask is not None:
-            difference.masked_fill_(~row_mask[:, None], 0)
+        if real is not None:
+            real.zero_others_(difference)
         sums.append(difference.square_().sum())
     return torch.stack(sums) * (factor / 2), factor
 
@@ -311,11 +315,11 @@ def hidden_loss_forward(student, targets, row_mask, weight) -> tuple[Tensor, Ten
 def hidden_loss_backward(
     grad, student, targets, row_mask, factor, need_student, need_targets
 ) -> tuple[list[Tensor], list[Tensor]]:
-    grads_student, grads_targets = [], []
+    real, grads_student, grads_targets = _real_rows(row_mask, factor), [], []
     for k, (h, a) in enumerate(zip(student, targets, strict=True)):
         difference = (h.to(factor.dtype) - a.to(factor.dtype)).mul_(grad[k] * factor)
-        if row_mask is not None:
-            difference.masked_fill_(~row_mask[:, None], 0)
+        if real is not None:
+            real.zero_others_(difference)
         if need_targets:
             grads_targets.append(torch.neg(difference).to(a.dtype))
         if need_student:

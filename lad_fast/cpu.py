@@ -2,7 +2,7 @@
 
 The mathematics is PyTorch's; only dropout's random numbers are others, from the same generator:
 
-* dropout draws 16 bits an element, 64 at a time, where PyTorch draws a float;
+* dropout draws 16 bits an element, 64 at a time, where PyTorch draws a float, and keeps its masks in bytes;
 * attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
   their scores stay in the cache;
 * float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2.
@@ -97,14 +97,23 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _keep(shape: torch.Size, p: float) -> Tensor:
-    """True with probability 1 - p, from the default generator."""
+    """1 with probability 1 - p, else 0, from the default generator; uint8, as PyTorch's passes over bool are slow."""
     numel = math.prod(shape)
     bits = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:numel] >= round(p * DROPOUT_STEPS) - DROPOUT_STEPS // 2).view(shape)
+    least = round(p * DROPOUT_STEPS) - DROPOUT_STEPS // 2
+    return torch.ge(bits.view(torch.int16)[:numel], least, out=torch.empty(numel, dtype=torch.uint8)).view(shape)
 
 
 def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
     return (x * keep).mul_(1 / (1 - p))
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores of ``dtype``: finite, so that without any key the probabilities are no NaN."""
+    least = torch.finfo(dtype).min / 2  # leaves room for the scores
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, least)
+    return mask.clamp(min=least)
 
 
 class _Dropout(torch.autograd.Function):
@@ -132,19 +141,16 @@ class _Attention(torch.autograd.Function):
         ctx.parts, kept = [slice(i, i + step) for i in range(0, batch_size, step)], []
         with torch.autocast("cpu", enabled=False):
             query = query * scale
+            mask = None if mask is None else _added(mask, query.dtype)
             for part in ctx.parts:
                 scores = query[part] @ key[part].transpose(2, 3)
                 if mask is not None:
-                    some = mask if len(mask) == 1 else mask[part]
-                    # The least number, not -inf: without any key the probabilities are equal, and nothing is NaN.
-                    if some.dtype == torch.bool:
-                        scores.masked_fill_(~some, torch.finfo(scores.dtype).min)
-                    else:
-                        scores.add_(some).clamp_(min=torch.finfo(scores.dtype).min)
+                    scores.add_(mask if len(mask) == 1 else mask[part])
                 probabilities = scores.softmax(dim=-1)
                 keep = _keep(probabilities.shape, p)
-                result[part] = _drop(probabilities, keep, p) @ value[part]
+                result[part] = (probabilities * keep) @ value[part]
                 kept += probabilities, keep
+        result.mul_(1 / (1 - p))  # fewer elements than the probabilities
         ctx.p, ctx.scale = p, scale
         ctx.save_for_backward(query, key, value, *kept)
         return result
@@ -155,11 +161,11 @@ class _Attention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (query, key, value))
         grad_query, grad_key, grad_value = grads
+        grad = grad / (1 - ctx.p)
         for part, probabilities, keep in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
-            grad_value[part] = _drop(probabilities, keep, ctx.p).transpose(2, 3) @ grad[part]
-            grad_scores = torch._softmax_backward_data(
-                _drop(grad[part] @ value[part].transpose(2, 3), keep, ctx.p), probabilities, -1, probabilities.dtype
-            )
+            grad_value[part] = (probabilities * keep).transpose(2, 3) @ grad[part]
+            grad_kept = (grad[part] @ value[part].transpose(2, 3)).mul_(keep)
+            grad_scores = torch._softmax_backward_data(grad_kept, probabilities, -1, probabilities.dtype)
             grad_query[part] = grad_scores @ key[part]
             grad_key[part] = grad_scores.transpose(2, 3) @ query[part]
         grad_query.mul_(ctx.scale)
