@@ -236,16 +236,12 @@ def chain_loss_forward(
     :func:`lad_fast.kernels.ops.chain_loss_forward`."""
     factor = _loss_factor(student[0], row_mask, loss_weight)
     sums = [[] for _ in student]
-
-    def losses() -> Tensor:
-        return torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2)
-
     if keep == "gradients":
-        grad_student, _, *grad_parameters = chain_loss_backward(
-            factor.new_ones(len(student)), factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, [],
-            row_mask, cu_seqlens, seq_len, eps, True, False, True, sums,
+        grad_student, _, *grad_parameters = _loss_gradients(
+            factor.expand(len(student)), sums, hidden, student, targets, weight, bias, norm_weight, norm_bias, [],
+            row_mask, cu_seqlens, seq_len, eps, True, False, True,
         )  # fmt: skip
-        return losses(), factor, [], [], [*grad_student, *grad_parameters]
+        return _losses(sums, factor), factor, [], [], [*grad_student, *grad_parameters]
     differences = [torch.empty_like(h) for h in student] if keep == "differences" else []
 
     def compare(position: int, block: Block, state: Tensor) -> None:
@@ -257,16 +253,27 @@ def chain_loss_forward(
                     differences[k][block.rows] = difference
 
     gates = _forward(hidden, weight, bias, norm_weight, norm_bias, row_mask, cu_seqlens, seq_len, eps, keep, compare)
-    return losses(), factor, differences, gates, []
+    return _losses(sums, factor), factor, differences, gates, []
 
 
 def chain_loss_backward(
     grad, factor, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates, row_mask, cu_seqlens, seq_len,
-    eps, need_student, need_hidden, need_parameters, sums: list[list[Tensor]] | None = None,
+    eps, need_student, need_hidden, need_parameters,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`lad_fast.kernels.ops.chain_loss_backward`. ``sums`` gets each block's sums of squares, K lists."""
+    """See :func:`lad_fast.kernels.ops.chain_loss_backward`."""
+    return _loss_gradients(
+        grad * factor, None, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates,
+        row_mask, cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters,
+    )  # fmt: skip
+
+
+def _loss_gradients(
+    scale, sums: list[list[Tensor]] | None, hidden, student, targets, weight, bias, norm_weight, norm_bias, gates,
+    row_mask, cu_seqlens, seq_len, eps, need_student, need_hidden, need_parameters,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the losses, each times ``scale`` (K,); ``sums`` gets each block's sums of squares, K lists."""
     grad_student = [torch.empty_like(h) for h in student] if need_student else []
-    scale = (grad * factor).to(norm_weight.dtype)
+    scale = scale.to(norm_weight.dtype)
 
     def add_gradient(position: int, block: Block, state: Tensor, carry: Tensor | None) -> Tensor | None:
         for k, target in enumerate(targets):
@@ -287,6 +294,11 @@ def chain_loss_backward(
         need_hidden, need_parameters, add_gradient,
     )  # fmt: skip
     return grad_student, grad_hidden, *grad_parameters
+
+
+def _losses(sums: list[list[Tensor]], factor: Tensor) -> Tensor:
+    """(K,) from each block's sums of squares."""
+    return torch.stack([torch.stack(parts).sum() for parts in sums]).to(factor.dtype) * (factor / 2)
 
 
 def _loss_factor(student: Tensor, row_mask: Tensor | None, weight: float) -> Tensor:
