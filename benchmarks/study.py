@@ -52,7 +52,7 @@ STUDENT_LAYERS, BATCH_SIZE, MAX_LENGTH = 3, 32, 128
 TUNING_SEED, SPLIT_SEED, TEACHER_SEED = 0, 0, 42
 HELD_OUT = 0.2  # of the training split, to choose settings by
 RESAMPLES = 200  # a standard error to a twentieth of itself
-MOST_CACHE = 8e9  # bytes of teacher's states; above, the teacher runs again in every epoch
+MOST_CACHE = 10e9  # bytes of teacher's states, of 24 GiB; above, the teacher runs again in every epoch
 
 
 @dataclass(frozen=True)
