@@ -62,7 +62,7 @@ setup(
         "tokenizers",
         "torch>=2.11,<2.16",
         "tqdm>=4.66",
-        "transformers>=5,<6",
+        "transformers>=5.3,<6",
         'triton>=3.6,<3.10; platform_system == "Linux"',
         "typing-extensions>=4.8",
         "tyro>=1,<2",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lad_fast.gates import GateStack, check_inside
@@ -56,7 +56,8 @@ class LADTrainer(Trainer):
             LAD's with its defaults, for examples of up to ``seq_len`` tokens, with gates drawn by ``args.seed``.
             Several processes train what the first one has.
         seq_len: where ``objective`` is None.
-        **options: as Trainer takes them, but for another loss. Datasets need "labels" (or "label").
+        **options: as Trainer takes them, but for another loss. Datasets need "labels" (or "label"): classes, none of
+            them -100, or numbers of models with one label.
 
     Raises:
         TypeError, ValueError: an objective or arguments that do not fit the models, and a ``model_init``,
@@ -97,9 +98,9 @@ class LADTrainer(Trainer):
                 dist.broadcast(tensor.data, src=0)
         self._check_parameters()
         self.teacher = teacher.to(args.device).eval().requires_grad_(False)
-        # What torch.compile returns takes anything.
-        self._teacher_takes = set(inspect.signature(getattr(teacher, "_orig_mod", teacher).forward).parameters)
-        self._teachers_own = self._teacher_takes - set(inspect.signature(model.forward).parameters)
+        self._teacher_takes, students = _inputs(teacher), _inputs(model)
+        # A wrapper that names no inputs hands on what it gets.
+        self._teachers_own = self._teacher_takes - students if "input_ids" in students else set()
         # A batch's mean: Trainer divides it by the batches that accumulate, by this name in every version 5.
         self.model_accepts_loss_kwargs = False
         self._zeroed_at: int | None = None  # the step whose gradients the objective holds
@@ -235,8 +236,19 @@ class LADTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def _inputs(model: nn.Module) -> set[str]:
+    """Names that a model's forward takes; torch.compile's wrapper, which takes anything, is looked behind."""
+    return set(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+
+
 def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raises a ValueError for a teacher that cannot teach the student."""
+    """Raises a TypeError for what is no model, a ValueError for a teacher that cannot teach the student."""
+    for name, model in (("model", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name} is a {type(model).__name__}; it takes a sequence classifier, loaded")
+        kind, num_labels = model.config.problem_type, model.config.num_labels
+        if kind == "multi_label_classification" or (kind == "regression" and num_labels > 1):
+            raise ValueError(f"{name} is for {kind} of {num_labels} labels; objectives take one class or one number")
     if teacher.config.num_labels != student.config.num_labels:
         raise ValueError(f"teacher has {teacher.config.num_labels} labels; the model has {student.config.num_labels}")
     ours, theirs = class_names(student), class_names(teacher)

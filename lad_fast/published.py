@@ -63,7 +63,7 @@ def load_published(directory: str | Path, step: int | None = None, *, reverse: b
         step = _last_step(directory)
     model = _load_model(directory, f"model-{step}.pt", settings, task)
     gates = None
-    if (directory / "gate_config.json").exists() or (directory / f"gate-0-{step}.pt").exists():
+    if (directory / "gate_config.json").exists() or any(directory.glob("gate-*-*.pt")):
         settings["gates"] = _read_json(directory, "gate_config.json")
         gates = GateStack.from_official_checkpoint(directory, step, reverse)
         sizes = {"dimension": gates.hidden_size, "max_seq_length": gates.seq_len}
@@ -164,4 +164,4 @@ def _config(path: Path, state: dict[str, Tensor], settings: dict) -> BertConfig:
 def _check_claims(path: Path, claims: dict, found: dict[str, int]) -> None:
     for name, value in found.items():
         if name in claims and claims[name] != value:
-            raise ValueError(f"{path}: {name} is {str(claims[name])[:100]}; the tensors are of {value}")
+            raise ValueError(f"{path}: {name} is {repr(claims[name])[:100]}; the tensors are of {value}")

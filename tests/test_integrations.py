@@ -20,7 +20,7 @@ from transformers import (
 )
 
 pytest.importorskip("accelerate")
-from lad_fast import AttentionObjective, GateStack, LADObjective
+from lad_fast import AttentionObjective, GateStack, LADObjective, integrations
 from lad_fast.integrations import LADTrainer, LADTrainingArguments
 from lad_fast.step import DistillStep
 
@@ -220,6 +220,27 @@ def test_a_compiled_teacher(tmp_path):
     assert lines(run)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
 
 
+def test_a_compiled_student(tmp_path):
+    """Trainer takes no column off where it cannot tell which the model takes; nor do we."""
+    plain = trainer(tmp_path / "plain", max_steps=1)
+    run = LADTrainer(
+        torch.compile(bert(2, 1), backend="eager"), arguments(tmp_path, max_steps=1, remove_unused_columns=False),
+        teacher=bert(4, 0), objective=objective(), train_dataset=Examples(16),
+    )  # fmt: skip
+    plain.train()
+    run.train()
+    assert lines(run)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
+
+
+def test_a_wrapper_that_names_no_inputs_gets_them_all():
+    class Wrapper(torch.nn.Module):
+        def forward(self, *args, **options):
+            return options
+
+    assert integrations._inputs(Wrapper()) == {"args", "options"}
+    assert "input_ids" in integrations._inputs(torch.compile(bert(2, 1), backend="eager"))
+
+
 def test_the_seed_of_the_arguments_draws_the_gates(tmp_path):
     def gates(before: int, seed: int) -> torch.Tensor:
         student, teacher = bert(2, 1), bert(4, 0)
@@ -326,7 +347,16 @@ def test_a_default_objective(tmp_path):
     assert not any(parameter.requires_grad for parameter in run.teacher.parameters())
 
 
+def of_kind(problem_type: str):
+    model = bert(2, 1)
+    model.config.problem_type = problem_type
+    return model
+
+
 def test_arguments_that_do_not_fit(tmp_path):
+    for name in ("model", "teacher"):
+        with pytest.raises(TypeError, match=f"{name} is a str; it takes a sequence classifier, loaded"):
+            LADTrainer(**{"model": bert(2, 1), "args": arguments(tmp_path), "teacher": bert(4, 0)} | {name: "a/model"})
     with pytest.raises(ValueError, match="gate_learning_rate is -1"):
         arguments(tmp_path, gate_learning_rate=-1.0)
     args = arguments(tmp_path)
@@ -339,6 +369,8 @@ def test_arguments_that_do_not_fit(tmp_path):
         ({"model_init": lambda: bert(2, 1)}, "model is None or made by model_init"),
         ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func is set; the loss is that of objective"),
         ({"args": arguments(tmp_path, label_smoothing_factor=0.1)}, "label_smoothing_factor is 0.1"),
+        ({"model": of_kind("multi_label_classification")}, "model is for multi_label_classification of 2 labels"),
+        ({"teacher": of_kind("regression")}, "teacher is for regression of 2 labels; objectives take one class or one"),
     ):
         with pytest.raises(ValueError, match=message):
             LADTrainer(**{"model": bert(2, 1), "args": args, "teacher": bert(4, 0)} | options)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from importlib.metadata import distributions
 from pathlib import Path
@@ -51,7 +52,7 @@ def installation(request, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     for name in ("lad_fast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -133,12 +134,18 @@ def test_installed_files(installation):
 def test_an_index_would_take_it(installation):
     """Metadata and README of what was built, by the tool that uploads."""
     _, source = installation
+    shutil.copytree(ROOT / "tests", source / "tests", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     for command in ("sdist", "bdist_wheel"):
         subprocess.run([sys.executable, "setup.py", "-q", command], cwd=source, check=True, timeout=120)
     built = sorted(map(str, (source / "dist").iterdir()))
     assert len(built) == 2
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *built], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+    (sources,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(sources) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "lad_fast/cli.py", "kernels/chain.py"} <= names
+    assert not any(name.startswith("tests") for name in names)  # a part of them, without what they read
 
 
 def test_pytest_leaves_the_repository_root_off_the_path():

@@ -198,6 +198,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, shared, capsys, how, mes
     ("file", "claim", "message"),
     [
         ("config.json", {"num_hidden_layers": 7}, "num_hidden_layers is 7; the tensors are of 6"),
+        ("config.json", {"num_hidden_layers": "6"}, "num_hidden_layers is '6'; the tensors are of 6"),
         ("config.json", {"d_ff": 9}, "d_ff is 9"),
         ("config.json", {"num_class": 3}, "num_class is 3; the tensors are of 2"),
         ("gate_config.json", {"max_seq_length": 99}, "max_seq_length is 99; the tensors are of"),
@@ -231,5 +232,16 @@ def test_heads_and_dropout_are_the_settings_or_berts(tmp_path, shared):
 def test_gates_without_their_configuration_are_not_left_out(tmp_path, shared):
     write(tmp_path, "rte", Golden(shared / "golden/rte_l12_k6.npz"), "final")
     (tmp_path / "gate_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no gate_config\.json"):
+    first = next(tmp_path.glob("gate-0-*.pt"))
+    for name in (first.name, "gate-0-99.pt", "elsewhere.pt"):  # all there; the first is another step's; it is missing
+        first = first.rename(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match=r"has no gate_config\.json"):
+            load_published(tmp_path)
+
+
+def test_gates_of_another_step_are_not_left_out(tmp_path, shared):
+    write(tmp_path, "rte", Golden(shared / "golden/rte_l12_k6.npz"), "final")
+    for path in list(tmp_path.glob("gate-*-*.pt")):
+        path.rename(path.with_name(path.name.rsplit("-", 1)[0] + "-99.pt"))
+    with pytest.raises(FileNotFoundError, match=r"files gate-\*-\d+\.pt"):
         load_published(tmp_path)
