@@ -1,6 +1,8 @@
 """Compare ways to distil on real GLUE tasks, each tuned alike, over several seeds; a result file, a table, a figure.
 
     .venv/bin/python benchmarks/study.py run       # hours on two cores; killed, it goes on by the same command
+    .venv/bin/python benchmarks/study.py run --threads 1 & .venv/bin/python benchmarks/study.py run --threads 1
+                                                   # two that share the work, an eighth faster on two cores
     .venv/bin/python benchmarks/study.py latency   # on a quiet machine: teacher and student, batches of 1 and 32
     .venv/bin/python benchmarks/study.py table     # prints README's part, from the result file
     .venv/bin/python benchmarks/study.py readme    # figure and README's part, from the result file
@@ -14,6 +16,7 @@ seeds tell how far a score would differ had other numbers been drawn, examples h
 """
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import os
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -52,6 +56,7 @@ STUDENT_LAYERS, BATCH_SIZE, MAX_LENGTH = 3, 32, 128
 TUNING_SEED, SPLIT_SEED, TEACHER_SEED = 0, 0, 42
 HELD_OUT = 0.2  # of the training split, to choose settings by
 RESAMPLES = 200  # a standard error to a twentieth of itself
+POLL_SECONDS = 1.0
 MOST_CACHE = 10e9  # bytes of teacher's states, of 24 GiB; above, the teacher runs again in every epoch
 
 
@@ -193,7 +198,8 @@ def minilm() -> Path:
 class Study:
     """Runs, and the rows that they leave: a file each in ``work``, and all of them in ``result``.
 
-    A row that is in either is not made again; one that was made by other settings is refused.
+    A row that is in either is not made again; one that was made by other settings is refused. Of processes with the
+    same folders, each takes the first run that no other has and whose teacher and setting are there.
     """
 
     def __init__(
@@ -201,38 +207,79 @@ class Study:
     ) -> None:
         self.work, self.result, self.threads, self.load = work, result, threads, load
         (work / "rows").mkdir(parents=True, exist_ok=True)
+        (work / "claims").mkdir(exist_ok=True)
         if threads is not None:
             torch.set_num_threads(threads)
-        stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((work / "rows").glob("*.json"))]
-        self.rows = {row["key"]: row for row in (*read(result)["runs"], *stored)}
+        self.rows: dict[str, dict] = {}
+        self._read_rows()
         self.data: dict[str, Data] = {}
+        self.plan: list[Job] = []
         self.commit = commit()  # of the code that is loaded: HEAD may move while a study runs
 
     def run(self, tasks: Sequence[str], seeds: Sequence[int]) -> None:
         self.data = {task: self.load(task) for task in tasks}
-        plan = list(jobs(tasks, seeds))
-        for i, job in enumerate(plan):
-            settings = self.settings(job)
-            if (row := self.rows.get(job.key)) is not None:
-                if row["settings"] != settings:
-                    raise ValueError(
-                        f"{job.key} was run with {row['settings']}; it now takes {settings}: remove "
-                        f"{self.work / 'rows' / job.key}.json and its row in {self.result}, or take other folders"
-                    )
-                if not self._lacks_teacher(job, plan[i + 1 :]):
-                    continue
-            row = self._keep(job, settings, self._train(job, settings))
-            shutil.rmtree(self.work / "running" / job.key, ignore_errors=True)
-            left = [later for later in plan[i + 1 :] if later.key not in self.rows]
-            hours = seconds_left(left, [row for row in self.rows.values() if row["task"] in tasks], self.size) / 3600
-            told = row["failed"] or f"{row['score']:.4f}"
-            print(f"{job.key}: {told}, {row['seconds']:.0f} s; {len(left)} runs left, {hours:.1f} h", flush=True)
+        self.plan = list(jobs(tasks, seeds))
+        while left := list(filter(self._is_open, self.plan)):
+            if not any(map(self._run_unless_taken, filter(self._is_ready, left))):
+                time.sleep(POLL_SECONDS)
+            self._read_rows()
 
-    def _lacks_teacher(self, job: Job, later: Sequence[Job]) -> bool:
-        """Whether it is a teacher with students still to come, whose folder is gone: its row came from elsewhere."""
+    def _read_rows(self) -> None:
+        stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((self.work / "rows").glob("*.json"))]
+        self.rows |= {row["key"]: row for row in (*read(self.result)["runs"], *stored)}
+
+    def _is_open(self, job: Job) -> bool:
+        """Whether it has no row, or is a teacher whose row came from elsewhere, without its folder, and students wait.
+
+        Raises:
+            ValueError: its row is of other settings.
+        """
+        if (row := self.rows.get(job.key)) is None:
+            return True
+        if row["settings"] != (settings := self.settings(job)):
+            raise ValueError(
+                f"{job.key} was run with {row['settings']}; it now takes {settings}: remove "
+                f"{self.work / 'rows' / job.key}.json and its row in {self.result}, or take other folders"
+            )
         if job.model != TEACHER or (self._teacher_folder(job) / "last").is_dir():
             return False
-        return any(j[:2] == job[:2] and j.key not in self.rows for j in later)
+        return any(other[:2] == job[:2] and other.key not in self.rows for other in self.plan)
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether what it starts from is there: its teacher, and of a final run all trials of its way."""
+        if job.model == TEACHER:
+            return True
+        teacher, way = Job(job.task, job.phase, TEACHER), SETTING_OF.get(job.model, job.model)
+        trials = [Job(job.task, "tune", way, i).key for i in range(len(grid(way)))] if job.phase == "final" else []
+        has_teacher = teacher.key in self.rows and (self._teacher_folder(teacher) / "last").is_dir()
+        return has_teacher and self.rows.keys() >= set(trials)
+
+    def _run_unless_taken(self, job: Job) -> bool:
+        """Run it, unless another process does or has done so; whether it was run."""
+        with self._claim(job.key) as is_free:
+            if is_free:
+                self._read_rows()
+            if not is_free or not self._is_open(job):
+                return False
+            settings = self.settings(job)
+            row = self._keep(job, settings, self._train(job, settings))
+            shutil.rmtree(self.work / "running" / job.key, ignore_errors=True)
+        left = list(filter(self._is_open, self.plan))
+        hours = seconds_left(left, [r for r in self.rows.values() if r["task"] in self.data], self.size) / 3600
+        told = row["failed"] or f"{row['score']:.4f}"
+        print(f"{job.key}: {told}, {row['seconds']:.0f} s; {len(left)} runs left, {hours:.1f} h", flush=True)
+        return True
+
+    @contextmanager
+    def _claim(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Whether no other process has it; if so it is this one's meanwhile, and free again however this one ends."""
+        with (self.work / "claims" / name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def size(self, job: Job) -> float:
         """Tokens that pass through models, in units of a pass through a student: what a run's time goes by."""
@@ -282,6 +329,8 @@ class Study:
                     options["teacher_cache"] = "off"
                 result = distill(DistillConfig(teacher="", output_dir=folder, **options), **splits, teacher=teacher)
         except FloatingPointError as error:  # a setting too bold: told in its row, and no end to the night
+            if job.model == TEACHER:
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             return {"metrics": {}, "score": None, "failed": str(error), "seconds": time.perf_counter() - start}
         batches = Batches(scored, 2 * BATCH_SIZE, data.tokenizer.pad_token_id, shuffle=False)
@@ -309,13 +358,15 @@ class Study:
         where = facts()
         about = {name: where[name] for name in ("machine", "threads", "versions")} | {"commit": self.commit}
         row = {"key": job.key, **job._asdict(), "settings": settings, **found, **about}
-        write_json(self.work / "rows" / f"{job.key}.json", row)
-        self.rows[job.key] = row
-        content = read(self.result)
         split = self.data[job.task].validation
-        labels = content.get("labels", {}) | {job.task: as_text(split.labels[np.argsort(split.ids)])}
-        content |= {"plan": written_plan(), "labels": labels, "runs": list(self.rows.values())}
-        write_json(self.result, content)
+        with self._claim("result", wait=True):
+            self._read_rows()
+            self.rows[job.key] = row
+            write_json(self.work / "rows" / f"{job.key}.json", row)
+            content = read(self.result)
+            labels = content.get("labels", {}) | {job.task: as_text(split.labels[np.argsort(split.ids)])}
+            content |= {"plan": written_plan(), "labels": labels, "runs": list(self.rows.values())}
+            write_json(self.result, content)
         return row
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -164,6 +165,60 @@ def test_a_result_file_from_elsewhere_is_gone_on_with(small, seen, tmp_path, mon
     assert len({*trained} - {"rte-tune", "rte-final"}) == len(whole) - 2
 
 
+def test_what_another_process_has_is_left_to_it_and_what_needs_it_waits(small, seen, monkeypatch):
+    taken = study.Job("rte", "tune", "lad", 1)
+    with ExitStack() as other:
+        assert other.enter_context(small()._claim(taken.key))
+        monkeypatch.setattr(study.time, "sleep", lambda _: other.close())  # it is killed, and leaves no row
+        small().run(["rte"], [1])
+    order = [folder for name, _, folder in seen if name != "evaluate"]
+    late = [taken.key, "rte-final-lad-1"]
+    assert order[-2:] == late
+    names = [f"rte-{job.phase}" if job.model == study.TEACHER else job.key for job in study.jobs(["rte"], [1])]
+    assert order[:-2] == [name for name in names if name not in late]
+
+
+def test_what_another_process_did_meanwhile_is_not_done_again(small, seen, tmp_path, monkeypatch):
+    """The second does all but what the first is at, and what needs that."""
+    distill, first = study.distill, "rte-tune-none-0"
+
+    class Waits(Exception):
+        pass
+
+    def wait(_):
+        raise Waits
+
+    def meanwhile(config, **options):
+        monkeypatch.setattr(study, "distill", distill)
+        with pytest.raises(Waits):
+            small().run(["rte"], [1])
+        return distill(config, **options)
+
+    monkeypatch.setattr(study.time, "sleep", wait)
+    monkeypatch.setattr(study, "distill", meanwhile)
+    small().run(["rte"], [1])
+    trained = [folder for name, _, folder in seen if name != "evaluate"]
+    whole = {job.key for job in study.jobs(["rte"], [1])}
+    assert len(trained) == len(set(trained)) == len(whole)
+    assert trained[-2:] == [first, "rte-final-none-1"]
+    assert {row["key"] for row in json.loads((tmp_path / "study.json").read_text())["runs"]} == whole
+
+
+def test_what_another_process_did_just_before_is_not_done_again(small, seen, monkeypatch):
+    """After this one had looked what is left, and before it takes the first of it."""
+    is_ready = study.Study._is_ready
+
+    def late(self, job):
+        monkeypatch.setattr(study.Study, "_is_ready", is_ready)
+        small().run(["rte"], [])
+        return is_ready(self, job)
+
+    monkeypatch.setattr(study.Study, "_is_ready", late)
+    small().run(["rte"], [])
+    trained = [folder for name, _, folder in seen if name != "evaluate"]
+    assert len(trained) == len(set(trained)) == len(list(study.jobs(["rte"], [])))
+
+
 def test_a_run_that_diverges_is_a_row_without_a_score(small, tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise FloatingPointError("step 1: not finite: loss")
@@ -176,6 +231,16 @@ def test_a_run_that_diverges_is_a_row_without_a_score(small, tmp_path, monkeypat
     assert (row["score"], row["failed"]) == (None, "step 1: not finite: loss")
     with pytest.raises(ValueError, match="none has no scored trial on rte"):
         study.chosen([row], "rte", "none")
+
+
+def test_a_teacher_that_diverges_ends_the_study(small, tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise FloatingPointError("step 1: not finite: loss")
+
+    monkeypatch.setattr(study, "finetune", diverge)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        small().run(["rte"], [1])
+    assert not list((tmp_path / "work/rows").iterdir())
 
 
 def test_every_way_tries_as_many_settings():
