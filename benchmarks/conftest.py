@@ -1,6 +1,8 @@
 """Options, the ``measure`` fixture and the table at the end of ``pytest benchmarks/``."""
 
 import os
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from measuring import (
     peak_bytes,
     pin_threads,
     plan_rounds,
+    seconds_of,
 )
 
 from lad_fast.cpu import keep_freed_memory
@@ -74,8 +77,8 @@ def measure(benchmark, pytestconfig, roofs):
 
     def run(
         step, *, table: str, case: str, contestant: str, dtype: str = "float32", baseline: str = "reference",
-        flops: float | None = None, moved: int | None = None, rounds: int | None = None, parts: int = 1,
-        profiled: bool = True, **more,
+        beside: Callable[[], object] | None = None, flops: float | None = None, moved: int | None = None,
+        rounds: int | None = None, parts: int = 1, profiled: bool = True, **more,
     ) -> dict:  # fmt: skip
         """Time ``step()``.
 
@@ -83,7 +86,9 @@ def measure(benchmark, pytestconfig, roofs):
             step: what to time.
             table, case, contestant: what the row is about; ratios are taken within a table's case.
             dtype: picks the roof.
-            baseline: the contestant whose median, taken before in this session, the ratio divides.
+            baseline: the contestant whose median the ratio divides: that of its own row, taken before in this session.
+            beside: the baseline's step, timed anew after each round, whose median is taken in that one's place: a
+                machine that others use too is not as fast now as a minute ago.
             flops, moved: work that every contestant must do: matrix products, and bytes read and written once.
             rounds: timed rounds of one call, for a step that is warm; None warms it up and chooses calls and rounds.
             parts: equal parts of a round, such as training steps, of which the row has the time of one.
@@ -92,9 +97,13 @@ def measure(benchmark, pytestconfig, roofs):
         """
         calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
         benchmark.group = f"{table}: {case}"
-        others = OtherJobs()
+        others, turns = OtherJobs(), []
+
+        def turn() -> None:
+            turns.append(seconds_of(lambda: [beside() for _ in range(calls)]) / calls)
+
         try:
-            benchmark.pedantic(step, rounds=rounds, iterations=calls)
+            benchmark.pedantic(step, rounds=rounds, iterations=calls, teardown=beside and turn)
         except KeyboardInterrupt:  # its report of all rows would fail at one without a round
             benchmark.has_error = True
             raise
@@ -107,7 +116,9 @@ def measure(benchmark, pytestconfig, roofs):
             case_rows = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
             base = row if contestant == baseline else next((r for r in case_rows if r["contestant"] == baseline), None)
             row["baseline"] = baseline
-            if base is not None:
+            if turns:
+                row |= {"baseline_median_s": statistics.median(turns), "ratio": statistics.median(turns) / median}
+            elif base is not None:
                 row |= {"ratio": base["median_s"] / median, "baseline_other_jobs": base["other_jobs"]}
             if flops is not None and moved is not None:
                 row |= {"flops": flops, "moved_bytes": moved}

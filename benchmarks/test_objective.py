@@ -1,9 +1,9 @@
 """The objective and its parts, back end beside back end.
 
-Before a case is timed, the contestant has to give the reference's gradients. The objective's sizes are BERT-base's
-(D 768, L 12, K 6): 480 tokens, a packed SST-2 batch; 4096, the published batch of 32 examples padded to 128. In
-bfloat16, states are float32 under autocast, as a model hands them over; on a GPU the teacher's are bfloat16, as a cache
-does.
+Before a case is timed, the contestant has to give the reference's gradients; then its rounds and the reference's take
+turns. The objective's sizes are BERT-base's (D 768, L 12, K 6): 480 tokens, a packed SST-2 batch; 4096, the published
+batch of 32 examples padded to 128. In bfloat16, states are float32 under autocast, as a model hands them over; on a GPU
+the teacher's are bfloat16, as a cache does.
 """
 
 import pytest
@@ -50,9 +50,14 @@ def run(measure, full: bool, operation: str, passes: str, dtype: str, shape: Sha
     if name != "reference":
         check(first, reference.gradients)
     flops, moved = reference.work[passes]
+    baselines = [Contestant("reference", operation, each) for each in inputs] if name != "reference" else []
+
+    def in_turn(contestants: list[Contestant]):
+        return rotating([c.forward if passes == "forward" else c.step for c in contestants])
+
     measure(
-        rotating([r.forward if passes == "forward" else r.step for r in runners]),
-        table=operation, case=f"{passes}, {shape}, {dtype}", contestant=name, dtype=dtype, flops=flops, moved=moved,
+        in_turn(runners), beside=in_turn(baselines) if baselines else None, table=operation,
+        case=f"{passes}, {shape}, {dtype}", contestant=name, dtype=dtype, flops=flops, moved=moved,
         kept_bytes=kept_bytes(first.forward, first.problem.known), passes=passes, tokens=shape.tokens,
         hidden_size=shape.hidden_size, layers=shape.layers,
     )  # fmt: skip

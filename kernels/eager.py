@@ -36,11 +36,11 @@ def _products(state: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[Tensor,
     return list(zip(weights, bias.to(weight.dtype), strict=True))
 
 
-def _weight_gradient(grad: Tensor, state: Tensor) -> Tensor:
-    """``grad.T @ state`` of two tensors of one dtype."""
-    if state.dtype == torch.float32:  # half types: ``@`` goes to oneDNN too, and reads both as they lie
-        return _linear(grad.T, state.T)
-    return grad.T @ state
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of two tensors of one dtype."""
+    if a.dtype == torch.float32:  # half types: ``@`` goes to oneDNN too, and reads both as they lie
+        return _linear(a, b.T)
+    return a @ b
 
 
 def _step(block: Block, previous: Tensor, layer: Tensor, gate: Tensor, norm_weight, norm_bias, eps: float):
@@ -145,8 +145,7 @@ def _backward(
     for grad in (grad_hidden[1:], grad_weight, grad_bias):
         grad[top:].zero_()
     products = _products(hidden[0], weight, bias) if not gates else None
-    weights = [lc.laid_out_for(len(hidden[0]), gate_weight.T) for gate_weight in weight]
-    parameters = list(zip(weights, _affine(norm_weight), _affine(norm_bias), strict=True))  # views once
+    parameters = list(zip(weight, _affine(norm_weight), _affine(norm_bias), strict=True))  # views once
     affine_grads = [(None, None)] * num_gates
     if need_parameters:
         affine_grads = list(zip(_affine(grad_norm_weight), _affine(grad_norm_bias), strict=True))
@@ -168,7 +167,7 @@ def _backward(
             carry = add_gradient(top, block, states.pop(), None)
             for i in reversed(range(top)):
                 state, (gate, blend, statistics) = states.pop(), steps.pop()
-                transposed, *affine = parameters[i]
+                gate_weight, *affine = parameters[i]
                 if need_hidden or need_parameters:
                     grad_blend = block.norm.backward(carry, blend, statistics, *affine, *affine_grads[i])
                     if need_hidden:
@@ -183,14 +182,14 @@ def _backward(
                             gathered[1].add(i, block, state)
                     carry = None
                     if i or need_hidden:
-                        carry = past_gate.add_(_linear(operand, transposed))
+                        carry = past_gate.add_(_matmul(operand, gate_weight))
                 carry = add_gradient(i, block, state, carry)
             if need_hidden:
                 grad_hidden[0, block.rows] = carry
         if need_parameters:
             add = torch.Tensor.add_ if group[0].rows.start else torch.Tensor.copy_
             for i, (grad, state) in enumerate(zip(*(each.values for each in gathered), strict=True)):
-                add(grad_weight[i], _weight_gradient(grad, state))
+                add(grad_weight[i], _matmul(grad.T, state))
     return grad_hidden, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
 
 

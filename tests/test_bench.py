@@ -66,7 +66,15 @@ def stop():
     raise KeyboardInterrupt
 
 def test_whole(measure):
-    measure(dict, table="step", case="case", contestant="whole", rounds=2, profiled=False)
+    measure(dict, table="step", case="case", contestant="whole", baseline="whole", rounds=2, profiled=False)
+
+def test_beside(measure):
+    order = []
+    measure(
+        lambda: order.append("step"), beside=lambda: order.append("baseline"), table="step", case="case",
+        contestant="beside", baseline="whole", rounds=3, profiled=False,
+    )
+    assert order == ["step", "baseline"] * 3
 
 def test_stopped(measure):
     measure(stop, table="step", case="case", contestant="stopped", rounds=2, profiled=False)
@@ -82,8 +90,11 @@ def test_an_interrupted_suite_reports_the_rows_before(tmp_path):
     environment["PYTHONPATH"] = str(folder)  # an xdist worker's child would leave the report to others
     done = subprocess.run([*command, f"--benchmark-json={report}"], env=environment, cwd=tmp_path, capture_output=True)
     assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout.decode()
-    (row,) = bench_record.compact(json.loads(report.read_text()))["rows"]
-    assert row["contestant"] == "whole" and row["median_s"] > 0
+    whole, beside = bench_record.compact(json.loads(report.read_text()))["rows"]
+    assert whole["contestant"] == "whole" and whole["median_s"] > 0
+    # Timed in turn with its baseline, it is compared with that, not with the baseline's own row.
+    assert beside["ratio"] == pytest.approx(beside["baseline_median_s"] / beside["median_s"], rel=2e-3)
+    assert "baseline_median_s" not in whole and "baseline_other_jobs" not in beside
 
 
 def test_readme_part_has_a_section_a_file_and_says_where_no_gpu_was_measured(tmp_path):
