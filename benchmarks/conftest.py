@@ -1,9 +1,7 @@
 """Options, the ``measure`` fixture and the table at the end of ``pytest benchmarks/``."""
 
 import os
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -13,18 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
 
 import bench_record
-from measuring import (
-    DEVICE,
-    OtherJobs,
-    Roofs,
-    clock,
-    kernel_launches,
-    measure_roofs,
-    peak_bytes,
-    pin_threads,
-    plan_rounds,
-    seconds_of,
-)
+from measuring import DEVICE, Roofs, Timing, in_turn, kernel_launches, measure_roofs, peak_bytes, pin_threads
 
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.report import format_table
@@ -48,10 +35,32 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
     machine_info["lad_fast"] = bench_record.facts()
 
 
+class Replay:
+    """pytest-benchmark's clock: what it reports was timed before, in turn with others, and moves this clock on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def function(self, seconds: Iterable[float]) -> Callable[[], None]:
+        """What takes so many seconds, call by call."""
+        left = iter(seconds)
+
+        def call() -> None:
+            self.now += next(left)
+
+        return call
+
+
+replay = Replay()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.benchmark(timer=clock))
+        if "measure" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=replay))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,53 +81,53 @@ def roofs() -> Roofs:
 
 
 @pytest.fixture
+def rivals(request) -> tuple[str, ...]:
+    """Names of the contestants that this session times in the test's case, in order: of tests that differ from it in
+    ``name`` alone.
+    """
+    node = request.node
+    case = {**node.callspec.params, "name": None}
+    others = (item for item in request.session.items if item.originalname == node.originalname)
+    found = (item.callspec.params for item in others if item.path == node.path)
+    return tuple(params["name"] for params in found if {**params, "name": None} == case)
+
+
+@pytest.fixture
 def measure(benchmark, pytestconfig, roofs):
     """A function that times a step and records a row: in the JSON's extra_info, and in the table at the end."""
 
     def run(
-        step, *, table: str, case: str, contestant: str, dtype: str = "float32", baseline: str = "reference",
-        beside: Callable[[], object] | None = None, flops: float | None = None, moved: int | None = None,
-        rounds: int | None = None, parts: int = 1, profiled: bool = True, **more,
+        step, *, table: str, case: str, contestant: str, timing: Timing | None = None, dtype: str = "float32",
+        baseline: str = "reference", flops: float | None = None, moved: int | None = None, rounds: int | None = None,
+        parts: int = 1, profiled: bool = True, **more,
     ) -> dict:  # fmt: skip
         """Time ``step()``.
 
         Args:
-            step: what to time.
+            step: what to time; None with a timing of what is not profiled.
             table, case, contestant: what the row is about; ratios are taken within a table's case.
+            timing: what :func:`~measuring.in_turn` found, of a step that it timed with others; None times it here.
             dtype: picks the roof.
-            baseline: the contestant whose median the ratio divides: that of its own row, taken before in this session.
-            beside: the baseline's step, timed anew after each round, whose median is taken in that one's place: a
-                machine that others use too is not as fast now as a minute ago.
+            baseline: the contestant whose median, taken before in this session, the ratio divides.
             flops, moved: work that every contestant must do: matrix products, and bytes read and written once.
-            rounds: timed rounds of one call, for a step that is warm; None warms it up and chooses calls and rounds.
+            rounds: without a timing, timed rounds of one call, for a step that is warm; None warms it up and chooses
+                calls and rounds.
             parts: equal parts of a round, such as training steps, of which the row has the time of one.
             profiled: run it twice more, for its peak memory and, on a GPU, its kernels.
             **more: further entries of the row.
         """
-        calls, rounds = plan_rounds(step) if rounds is None else (1, rounds)
+        timing = timing or in_turn({contestant: step}, rounds)[contestant]
         benchmark.group = f"{table}: {case}"
-        others, turns = OtherJobs(), []
-
-        def turn() -> None:
-            turns.append(seconds_of(lambda: [beside() for _ in range(calls)]) / calls)
-
-        try:
-            benchmark.pedantic(step, rounds=rounds, iterations=calls, teardown=beside and turn)
-        except KeyboardInterrupt:  # its report of all rows would fail at one without a round
-            benchmark.has_error = True
-            raise
-        others = others.share()
+        benchmark.pedantic(replay.function(timing.seconds), rounds=len(timing.seconds))
         row = {"table": table, "case": case, "contestant": contestant, "dtype": dtype, "device": DEVICE.type, **more}
         if benchmark.stats is not None:  # None with --benchmark-disable
             row["median_s"] = median = benchmark.stats["median"] / parts
-            row["rounds"] = rounds
-            row["other_jobs"] = others
+            row["rounds"] = len(timing.seconds)
+            row["other_jobs"] = timing.other_jobs
             case_rows = [r for r in pytestconfig.stash[ROWS] if (r["table"], r["case"]) == (table, case)]
             base = row if contestant == baseline else next((r for r in case_rows if r["contestant"] == baseline), None)
             row["baseline"] = baseline
-            if turns:
-                row |= {"baseline_median_s": statistics.median(turns), "ratio": statistics.median(turns) / median}
-            elif base is not None:
+            if base is not None:
                 row |= {"ratio": base["median_s"] / median, "baseline_other_jobs": base["other_jobs"]}
             if flops is not None and moved is not None:
                 row |= {"flops": flops, "moved_bytes": moved}

@@ -4,9 +4,10 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,34 @@ def plan_rounds(function: Callable[[], object], least_seconds: float = 0.02) -> 
     return max(1, min(100, round(least_seconds / seconds))), 3 if seconds > 1.5 else 5
 
 
+class Timing(NamedTuple):
+    """Of one step among those that took turns."""
+
+    seconds: list[float]
+    """Of a call; one number a round."""
+    other_jobs: float | None
+    """Share of the processors that others took meanwhile."""
+
+
+def in_turn(steps: Mapping[str, Callable[[], object]], rounds: int | None = None) -> dict[str, Timing]:
+    """Time steps side by side, a round of each and then the next of each: a machine that others use too is not as fast
+    now as it was a minute ago, and so it is as fast for all.
+
+    Args:
+        steps: what to time, by name.
+        rounds: of one call, for steps that are warm; None warms them up and asks :func:`plan_rounds`.
+    """
+    plans = {name: plan_rounds(step) if rounds is None else (1, rounds) for name, step in steps.items()}
+    seconds, others = {name: [] for name in steps}, OtherJobs()
+    for turn in range(max(number for _, number in plans.values())):
+        for name, step in steps.items():
+            calls, number = plans[name]
+            if turn < number:
+                seconds[name].append(seconds_of(lambda: [step() for _ in range(calls)]) / calls)  # noqa: B023
+    share = others.share()
+    return {name: Timing(found, share) for name, found in seconds.items()}
+
+
 def rotating(functions: list[Callable[[], object]]) -> Callable[[], object]:
     """One function that calls each in turn: copies of inputs, so that a GPU's L2 does not hold the next one's."""
     turn = itertools.cycle(functions)
@@ -116,7 +145,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def _cpu_peak_bytes(function: Callable[[], object]) -> int:
-    """By the profiler's record of each allocation; what the call frees of earlier ones makes room."""
+    """By the profiler's record of each allocation; what the call frees of earlier ones it may have missed."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()

@@ -164,11 +164,14 @@ class Contestant:
                 return output if isinstance(output, tuple) else (output,)
             return self.operation.fused(problem, self.name)
 
-    def step(self) -> None:
-        """Forward and backward; gradients are left in the leaves."""
+    def drop_gradients(self) -> None:
         for kind in self.leaves:
             for leaf in kind:
                 leaf.grad = None
+
+    def step(self) -> None:
+        """Forward and backward; gradients are left in the leaves."""
+        self.drop_gradients()
         if self.whole:
             self._published_objective(backward=True)
         elif self.name == "published":  # one backward a loss

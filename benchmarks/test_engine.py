@@ -3,11 +3,14 @@
 That an option changes no result is ``tests/test_training.py``'s to show.
 """
 
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import pytest
 from contestants import CACHED, GRAPHS, ON_GPU, Runner, check_outcome, ours
+from measuring import Timing, in_turn
 from workloads import SIZES, Workload, load, sample
 
 BASE = {"precision": "bfloat16", "padding": "longest", "multiple": None, "option": None}
@@ -25,42 +28,62 @@ OPTIONS = {
     GRAPHS: {"option": GRAPHS},
 }
 BASELINE = next(iter(OPTIONS))
-
-
 NUM_STEPS = 5
+SIZE = SIZES["base" if ON_GPU else "minilm"]
 
 
-@pytest.fixture(scope="module")
-def examples():
-    return sample(load("sst2"), NUM_STEPS)[0]
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_option(measure, full, examples, name):
+def why_not(name: str, full: bool) -> str | None:
+    """Why an option takes no part."""
     if name == GRAPHS and not ON_GPU:
-        pytest.skip("CUDA graphs take a GPU")
+        return "CUDA graphs take a GPU"
     if name == COMPILED and not full:
-        pytest.skip("with --full: two minutes of compiling")
-    if name == FLOAT32 and not (full or ON_GPU):
-        pytest.skip("with --full: the table \"epoch\" has it")
+        return "with --full: two minutes of compiling"
+    return 'with --full: the table "epoch" has it' if name == FLOAT32 and not (full or ON_GPU) else None
+
+
+def warm_steps(name: str, examples: Workload) -> Callable[[], object]:
+    """Warm steps with an option, which has passed the gate."""
     chosen = BASE | OPTIONS[name]
-    size = SIZES["base" if ON_GPU else "minilm"]
+    precision, padding, option, multiple = (chosen[key] for key in ("precision", "padding", "option", "multiple"))
 
     def make(workload: Workload) -> Runner:
-        precision, padding, option, multiple = (chosen[key] for key in ("precision", "padding", "option", "multiple"))
-        runner = ours(size, precision, padding, True, option, workload, multiple)
+        runner = ours(SIZE, precision, padding, True, option, workload, multiple)
         if name == COMPILED:
             for model in (runner.step.student, runner.step.teacher):
                 model.base_model.compile(dynamic=True)
         return runner
 
-    with patch("lad_fast.models.faster_forward", lambda model: nullcontext()) if name == PYTORCHS else nullcontext():
-        check_outcome(make, size, "longest", True, chosen["precision"])
-        runner = make(examples)
-        for _ in range(4 if name == GRAPHS else 1):  # a graph is captured when its shape comes the third time
+    def as_chosen() -> AbstractContextManager:
+        own = name == PYTORCHS
+        return patch("lad_fast.models.faster_forward", lambda model: nullcontext()) if own else nullcontext()
+
+    with as_chosen():
+        check_outcome(make, SIZE, "longest", True, precision)
+    runner = make(examples)
+
+    def steps() -> None:
+        with as_chosen():
             runner.run(examples)
-        measure(
-            lambda: runner.run(examples), table="engine", contestant=name, dtype=chosen["precision"],
-            baseline=BASELINE, rounds=5, parts=NUM_STEPS, profiled=False,
-            case=f"sst2, {size.teacher_layers} to {size.student_layers} layers, D {size.hidden_size}",
-        )  # fmt: skip
+
+    for _ in range(4 if name == GRAPHS else 1):  # a graph is captured when its shape comes the third time
+        steps()
+    return steps
+
+
+@functools.cache
+def race(names: tuple[str, ...]) -> dict[str, Timing]:
+    """All options, timed in turn."""
+    examples, _ = sample(load("sst2"), NUM_STEPS)
+    return in_turn({name: warm_steps(name, examples) for name in names}, rounds=5)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(measure, rivals, full, name):
+    if reason := why_not(name, full):
+        pytest.skip(reason)
+    timing = race(tuple(other for other in rivals if why_not(other, full) is None))[name]
+    measure(
+        None, timing=timing, table="engine", contestant=name, dtype=(BASE | OPTIONS[name])["precision"],
+        baseline=BASELINE, parts=NUM_STEPS, profiled=False,
+        case=f"sst2, {SIZE.teacher_layers} to {SIZE.student_layers} layers, D {SIZE.hidden_size}",
+    )  # fmt: skip

@@ -2,21 +2,25 @@
 
 All start from the same weights and see the same examples. ``padded`` gives each the same work, 32 examples padded to
 128 tokens with padding counted as published; the epochs take each contestant's own padding: the published loop pads to
-128, the others to the longest of 32 examples of like length (the library's packs them on a GPU). Before one is timed,
-its losses and gradients have to be right; the times of an epoch are a step's, the mean over the sampled batches.
+128, the others to the longest of 32 examples of like length (the library's packs them on a GPU). A case's contestants
+have to give the right losses and gradients; then they are timed in turn. The times of an epoch are a step's, the mean
+over the sampled batches.
 """
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 from contestants import CACHED, CONTESTANTS, GRAPHS, ON_GPU, PUBLISHED, Runner, check_contestant, make
-from measuring import clock
+from measuring import Timing, clock, in_turn
 from roofline import step_flops
 from workloads import (
     BATCH_SIZE,
@@ -76,9 +80,13 @@ def describe(size: Size) -> str:
     return f"{size.teacher_layers} to {size.student_layers} layers, D {size.hidden_size}"
 
 
-def takes_part(name: str) -> None:
+def why_not(task: str, name: str, full: bool) -> str | None:
+    """Why a contestant takes no part."""
     if name.endswith(GRAPHS) and not ON_GPU:
-        pytest.skip("CUDA graphs take a GPU")
+        return "CUDA graphs take a GPU"
+    # The first task and the padded step show float32.
+    is_shown = task == TASKS[0] or name not in ("plain, float32", "ours, float32")
+    return None if is_shown or full or ON_GPU else "with --full"
 
 
 def warm_up_passes(name: str) -> int:
@@ -87,54 +95,74 @@ def warm_up_passes(name: str) -> int:
     return 4 if name.endswith(GRAPHS) else 1  # a graph is captured when its shape comes the third time
 
 
-@pytest.mark.parametrize("name", [name for name in CONTESTANTS if not name.endswith(CACHED)])
-def test_padded(measure, roofs, size, name):
-    takes_part(name)
-    check_contestant(name, size, "max_length", mask_padding=False)
-    examples, _ = sample(load("sst2"), 1)
-    runner = make(name, size, examples, "max_length", mask_padding=False)
-    for _ in range(warm_up_passes(name)):
-        runner.run(examples)
-    precision = name.split(", ")[1]
+class Entry(NamedTuple):
+    """A contestant that was timed."""
+
+    runner: Runner
+    examples: Workload
+    timing: Timing
+
+
+@functools.lru_cache(maxsize=1)
+def race(size: Size, task: str, padding: str, num_batches: int, names: tuple[str, ...]) -> dict[str, Entry]:
+    """A case's contestants, checked and then timed in turn, on a sample of a task's batches."""
+    sampled, _ = sample(load(task), num_batches)
+    last = sampled.rows(sampled.tokens.ids[-BATCH_SIZE:])
+    runners, examples = {}, {}
+    for name in names:
+        check_contestant(name, size, padding, mask_padding=padding == "longest")
+        # The published loop pads to 128 whatever the batch, so that one batch tells its time.
+        examples[name] = last if name == PUBLISHED else sampled
+        runners[name] = make(name, size, examples[name], padding, mask_padding=padding == "longest")
+        for _ in range(warm_up_passes(name)):
+            runners[name].run(sampled if name.endswith(CACHED) or ON_GPU else last)
+    timings = in_turn(
+        {name: partial(runners[name].run, examples[name]) for name in names},
+        rounds=20 if ON_GPU and padding == "max_length" else 5,
+    )
+    return {name: Entry(runners[name], examples[name], timings[name]) for name in names}
+
+
+def run(
+    measure, roofs, rivals: tuple[str, ...], full: bool, size: Size, task: str, padding: str, num_batches: int,
+    name: str, **about,
+) -> dict:  # fmt: skip
+    """Time a contestant and record its row; ``about`` are arguments of ``measure``."""
+    if reason := why_not(task, name, full):
+        pytest.skip(reason)
+    names = tuple(other for other in rivals if why_not(task, other, full) is None)
+    entry = race(size, task, padding, num_batches, names)[name]
+    steps = len(entry.examples.tokens) // BATCH_SIZE
     row = measure(
-        lambda: runner.run(examples), table="step", contestant=name, dtype=precision, baseline=PUBLISHED,
-        case=f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}", rounds=20 if ON_GPU else 5,
-        profiled=ON_GPU,
+        partial(entry.runner.run, entry.examples), timing=entry.timing, contestant=name, dtype=name.split(", ")[1],
+        baseline=PUBLISHED, parts=steps, sampled_batches=steps, **about,
     )  # fmt: skip
-    add_utilisation(row, roofs, step_flops(size, [MAX_LENGTH] * BATCH_SIZE), row.get("median_s"))
+    lengths = [MAX_LENGTH] * BATCH_SIZE if padding == "max_length" else entry.examples.tokens.lengths
+    flops = step_flops(size, lengths, not name.endswith(CACHED))
+    add_utilisation(row, roofs, flops / steps, row.get("median_s"))
     if name.startswith("ours") and not name.endswith(GRAPHS):
-        row["phase_shares"] = phase_shares(runner, examples)
+        row["phase_shares"] = phase_shares(entry.runner, entry.examples)
+    return row
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if not name.endswith(CACHED)])
+def test_padded(measure, roofs, rivals, full, size, name):
+    case = f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}"
+    run(measure, roofs, rivals, full, size, TASKS[0], "max_length", 1, name, table="step", case=case, profiled=ON_GPU)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_epoch(measure, roofs, full, size, task, name):
-    takes_part(name)
-    if task != TASKS[0] and name in ("plain, float32", "ours, float32") and not (full or ON_GPU):
-        pytest.skip("with --full")  # the first task and the padded step show float32
-    check_contestant(name, size, "longest", mask_padding=True)
-    whole = load(task)
-    examples, epoch_steps = sample(whole, 40 if full else SAMPLED_BATCHES[task])
-    if name == PUBLISHED:  # pads to 128 whatever the batch, so that one batch tells its time
-        examples = examples.rows(examples.tokens.ids[-BATCH_SIZE:])
-    num_batches = len(examples.tokens) // BATCH_SIZE
-    runner = make(name, size, examples, "longest", mask_padding=True)
-    is_cached = name.endswith(CACHED)
-    for _ in range(warm_up_passes(name)):
-        runner.run(examples if is_cached or ON_GPU else examples.rows(examples.tokens.ids[-BATCH_SIZE:]))
-    precision = name.split(", ")[1]
-    row = measure(
-        lambda: runner.run(examples), table="epoch", contestant=name, dtype=precision, baseline=PUBLISHED,
-        case=f"{task}, {describe(size)}", rounds=5, parts=num_batches,
-        profiled=False,
-        texts="real" if whole.is_real else "made up", sampled_batches=num_batches, epoch_steps=epoch_steps,
+def test_epoch(measure, roofs, rivals, full, size, task, name):
+    whole, num_batches = load(task), 40 if full else SAMPLED_BATCHES[task]
+    epoch_steps = sample(whole, num_batches)[1]
+    row = run(
+        measure, roofs, rivals, full, size, task, "longest", num_batches, name, table="epoch",
+        case=f"{task}, {describe(size)}", profiled=False, texts="real" if whole.is_real else "made up",
+        epoch_steps=epoch_steps,
     )  # fmt: skip
     if "median_s" in row:
         row["epoch_seconds_scaled_from_sample_total"] = row["median_s"] * epoch_steps
-    flops = step_flops(size, examples.tokens.lengths, not is_cached)
-    add_utilisation(row, roofs, flops / num_batches, row.get("median_s"))
-    if name.startswith("ours") and not name.endswith(GRAPHS):
-        row["phase_shares"] = phase_shares(runner, examples)
 
 
 def add_utilisation(row: dict, roofs, flops: float, seconds: float | None) -> None:

@@ -209,5 +209,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     trim_threshold, mmap_max = -1, -4
-    # No mapping of its own for any block, which would go back to the system; and up to 1 GiB free at the heap's end.
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 1 << 30))
+    # No mapping of its own for any block, which would go back to the system; and the heap's end is never cut.
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
