@@ -59,7 +59,7 @@ replay = Replay()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "measure" in item.fixturenames:
+        if "measure" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=replay))
 
 
@@ -87,7 +87,7 @@ def rivals(request) -> tuple[str, ...]:
     """
     node = request.node
     case = {**node.callspec.params, "name": None}
-    others = (item for item in request.session.items if item.originalname == node.originalname)
+    others = (item for item in request.session.items if getattr(item, "originalname", None) == node.originalname)
     found = (item.callspec.params for item in others if item.path == node.path)
     return tuple(params["name"] for params in found if {**params, "name": None} == case)
 

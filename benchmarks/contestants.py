@@ -151,4 +151,8 @@ def check_contestant(name: str, size: Size, padding: str, mask_padding: bool) ->
     if name == PUBLISHED:  # the others are checked against it where padding counts
         return
     precision = name.split(", ")[1]
-    check_outcome(lambda few: make(name, size, few, padding, mask_padding), size, padding, mask_padding, precision)
+    try:
+        check_outcome(lambda few: make(name, size, few, padding, mask_padding), size, padding, mask_padding, precision)
+    except AssertionError as error:  # it ends the race of all
+        error.add_note(f"contestant: {name}")
+        raise
