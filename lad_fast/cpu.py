@@ -24,7 +24,7 @@ from lad_fast.kernels import launch as lc
 __all__ = ["FasterOnCPU", "faster_forward", "keep_freed_memory"]
 
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
-SCORES_AT_ONCE = 1 << 19  # elements: a few such tensors fit into the cache of one core
+SCORES_AT_ONCE = 1 << 21  # bytes: fewer calls, and a few such tensors still fit into the cache
 
 
 class FasterOnCPU(TorchFunctionMode):
@@ -130,17 +130,27 @@ class _Dropout(torch.autograd.Function):
         return _drop(grad, *ctx.saved_tensors, ctx.p), None
 
 
+def _as_projected(x: Tensor, *size: int) -> Tensor:
+    """An empty (B, H, S, d) that lies as (B, S, H, d), from where projections come and to where they go."""
+    batch_size, heads, length, head_size = size
+    return x.new_empty(batch_size, length, heads, head_size).transpose(1, 2)
+
+
 class _Attention(torch.autograd.Function):
-    """``dropout(softmax(scale * Q K^T + mask)) V``; the probabilities are kept for backward."""
+    """``dropout(softmax(scale * Q K^T + mask)) V``; the probabilities are kept for backward.
+
+    Operands are made dense once, not by each product of a part.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask, p, scale):
         batch_size, heads, length, _ = query.shape
-        result = value.new_empty(batch_size, length, heads, value.shape[-1]).transpose(1, 2)  # as the next layer wants
-        step = max(1, SCORES_AT_ONCE // (heads * length * key.shape[2]))
+        result = _as_projected(value, batch_size, heads, length, value.shape[-1])
+        step = max(1, SCORES_AT_ONCE // (heads * length * key.shape[2] * query.element_size()))
         ctx.parts, kept = [slice(i, i + step) for i in range(0, batch_size, step)], []
         with torch.autocast("cpu", enabled=False):
-            query = query * scale
+            query = torch.mul(query, scale, out=query.new_empty(query.shape))
+            key, value = key.contiguous(), value.contiguous()
             mask = None if mask is None else _added(mask, query.dtype)
             for part in ctx.parts:
                 scores = query[part] @ key[part].transpose(2, 3)
@@ -159,9 +169,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, *kept = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        grads = tuple(_as_projected(x, *x.shape) for x in (query, key, value))
         grad_query, grad_key, grad_value = grads
-        grad = grad / (1 - ctx.p)
+        grad = torch.div(grad, 1 - ctx.p, out=grad.new_empty(grad.shape))
         for part, probabilities, keep in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
             grad_value[part] = (probabilities * keep).transpose(2, 3) @ grad[part]
             grad_kept = (grad[part] @ value[part].transpose(2, 3)).mul_(keep)

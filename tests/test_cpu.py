@@ -154,7 +154,7 @@ def with_seed(function, *args, **options):
         return function(*args, **options)
 
 
-@pytest.mark.parametrize("at_once", (1, 100, 1 << 19))
+@pytest.mark.parametrize("at_once", (1, 800, 1 << 21))
 @pytest.mark.parametrize("name", MASKS)
 def test_attention(name, at_once, monkeypatch):
     """The dropped probabilities, read off by a value of ones and zeros, are PyTorch's or zero; so are the gradients."""
