@@ -111,23 +111,27 @@ def readme_part(results: list[dict]) -> str:
 
 def headline(results: list[dict]) -> str:
     """README's first figures: an epoch of SST-2 against the published loop, a line a machine."""
-    lines = []
-    for result in results:
-        rows = [row for row in result["rows"] if row["table"] == "epoch" and row["case"].startswith("sst2")]
-        ratios = [
-            f"{row['contestant']} {'disturbed' if is_disturbed(row) else format(row['ratio'], '.0f')}"
-            for row in rows
-            if row["contestant"] != row["baseline"]
+    speeds = {
+        result["machine"]: {
+            row["contestant"]: "disturbed" if is_disturbed(row) else f"{row['ratio']:.0f}x"
+            for row in result["rows"]
+            if row["table"] == "epoch" and row["case"].startswith("sst2") and row["contestant"] != row["baseline"]
+        }
+        for result in results
+    }
+    speeds = {machine: found for machine, found in speeds.items() if found}
+    parts = []
+    if speeds:
+        names = list(dict.fromkeys(name for found in speeds.values() for name in found))
+        lines = [[machine, *(found.get(name, "-") for name in names)] for machine, found in speeds.items()]
+        parts += [
+            markdown(["speed of an SST-2 epoch against the published training loop", *names], lines),
+            "Scaled from a few batches. The published loop pads to 128; plain is a careful PyTorch loop; a cached "
+            "teacher counts from the second epoch on ([all figures, and who is who](#speed)).",
         ]
-        if ratios:
-            lines.append(
-                f"Speed of an SST-2 epoch on {result['machine']}, scaled from a few batches, that of the published "
-                f"training loop, which pads to 128, being 1: {'; '.join(ratios)}. A cached teacher counts from the "
-                "second epoch on ([all figures, and who is who](#speed))."
-            )
     if not any(result["device"] == "cuda" for result in results):
-        lines.append("Nothing has been measured on a GPU yet.")
-    return "\n".join(lines)
+        parts.append("Nothing has been measured on a GPU yet.")
+    return "\n\n".join(parts)
 
 
 def section(result: dict) -> str:

@@ -167,11 +167,14 @@ def test_the_headline_is_sst2s_epoch_on_each_machine():
         row | {"contestant": "ours", "ratio": 3.0, "case": "mrpc"},
         row | {"contestant": "ours", "ratio": 4.0, "table": "step"},
     ]
-    results = [{"machine": "a", "device": "cpu", "rows": rows}, {"machine": "b", "device": "cpu", "rows": []}]
-    told, gpu = bench_record.headline(results).splitlines()
-    assert "on a," in told and ": ours 12; cached disturbed." in told
-    assert "GPU" in gpu
-    assert bench_record.headline([results[0] | {"device": "cuda"}]).splitlines() == [told]
+    machines = {"a": rows, "b": [], "c": [row | {"contestant": "graphs", "ratio": 99.6}]}
+    results = [{"machine": name, "device": "cpu", "rows": found} for name, found in machines.items()]
+    told = bench_record.headline(results).splitlines()
+    assert told[0].endswith(" | ours | cached | graphs |")
+    assert told[2:4] == ["| a | 12x | disturbed | - |", "| c | - | - | 100x |"]
+    assert "on a GPU yet" in told[-1]
+    assert "GPU" not in bench_record.headline([results[0] | {"device": "cuda"}])
+    assert bench_record.headline([results[1]]) == told[-1]
 
 
 def test_a_disturbed_row_has_no_ratio():
