@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
+from lad_fast.cpu import lay_out_
 from lad_fast.data import num_tokens
 from lad_fast.distributed import ALONE, World
 from lad_fast.gates import GateStack
@@ -73,7 +74,8 @@ class DistillStep:
 
     Args:
         student: the model to train; put in training mode.
-        teacher: put in eval mode and run without gradients; None trains on labels alone.
+        teacher: put in eval mode and run without gradients, by the weights that it has when the step is made; None
+            trains on labels alone.
         objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies`; or a function of
             (student_logits, teacher_logits, labels) where hidden states take no part. None, without a teacher:
             cross-entropy, or squared error for float labels.
@@ -135,9 +137,7 @@ class DistillStep:
         self.student, self.teacher, self.objective = student.train(), teacher, objective
         self.teacher_cache = teacher_cache
         if teacher is not None:
-            teacher.eval()
-            if precision in HALF:
-                self.teacher = with_half_linears(teacher, getattr(torch, precision))
+            self.teacher = frozen_twin(teacher.eval(), getattr(torch, precision) if precision in HALF else None)
         self.uses_hidden_states = isinstance(objective, HiddenObjective)
         self.gates = objective.gates if self.uses_hidden_states else None
         self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
@@ -443,17 +443,19 @@ def clip_each_gate_(gates: GateStack, max_norm: float) -> Tensor:
     return norms
 
 
-def with_half_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen model whose linear layers are kept in ``dtype``; all other tensors are shared with ``model``.
+def frozen_twin(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of a model for inference alone, which shares its tensors.
 
-    Under autocast it gives the same numbers, and no weight is cast again at every step.
+    Linear layers are kept in ``dtype``, so that under autocast no weight is cast again at every step (None: as they
+    are), and on a CPU as oneDNN's products want them too. The numbers are ``model``'s.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():
         if isinstance(module, nn.Linear):
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in module.named_parameters(recurse=False) if dtype else ():
                 setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+            lay_out_(module)
     for module, copied in zip(model.modules(), twin.modules(), strict=True):
         if module._compiled_call_impl is not None:  # which a copy leaves behind
             copied.compile(dynamic=True)

@@ -23,9 +23,10 @@ from transformers import (
 from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import TASKS, get_task
+from lad_fast.kernels import launch
 from lad_fast.models import build_student, load_classifier, save_checkpoint
 from lad_fast.optimizers import has_apex, make_adamw
-from lad_fast.step import DistillStep, clip_each_gate_, with_half_linears
+from lad_fast.step import DistillStep, clip_each_gate_, frozen_twin
 from lad_fast.training import (
     RECIPES,
     DistillConfig,
@@ -379,11 +380,35 @@ def test_a_teacher_kept_in_half_gives_what_autocast_gives(precision):
     assert step.teacher.bert.embeddings.word_embeddings.weight.dtype == torch.float32
 
 
+@pytest.mark.skipif(launch.onednn_linear(torch.ones(1)) is None, reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_on_a_cpu_keeps_its_weights_as_onednn_wants_them(precision):
+    """Weights and names stay as they were; the products are oneDNN's on the layout made once, as exact as PyTorch's."""
+    step, data = make_step(precision=precision), batches(8, 8)[0]
+    original = make_step().teacher
+    layers = [module for module in step.teacher.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(layer.laid_out.is_mkldnn for layer in layers) and len(layers) == 4 * 6 + 2
+    assert list(step.teacher.state_dict()) == list(original.state_dict())
+    with step.autocast(), torch.no_grad():
+        logits, states = step._run_teacher(step.prepare(data).inputs)
+    inputs = step.prepare(data).inputs
+    with torch.no_grad():
+        right = original.double()(**inputs, output_hidden_states=True)
+    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[precision]
+    for ours, theirs in zip((logits, *states), (right.logits, *right.hidden_states[1:]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    # A weight that is changed in place now shows in neither: the layout was made when the step was.
+    for layer in layers:
+        layer.weight.data.zero_()
+    with step.autocast(), torch.no_grad():
+        assert torch.equal(step._run_teacher(inputs)[0], logits)
+
+
 def test_a_compiled_teacher_kept_in_half_is_compiled():
     teacher = bert()
-    assert with_half_linears(teacher, torch.bfloat16).base_model._compiled_call_impl is None
+    assert frozen_twin(teacher, torch.bfloat16).base_model._compiled_call_impl is None
     teacher.base_model.compile()
-    assert with_half_linears(teacher, torch.bfloat16).base_model._compiled_call_impl is not None
+    assert frozen_twin(teacher, torch.bfloat16).base_model._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
