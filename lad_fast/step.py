@@ -137,7 +137,9 @@ class DistillStep:
         self.student, self.teacher, self.objective = student.train(), teacher, objective
         self.teacher_cache = teacher_cache
         if teacher is not None:
-            self.teacher = frozen_twin(teacher.eval(), getattr(torch, precision) if precision in HALF else None)
+            teacher.eval()
+            if precision in HALF or teacher.device.type == "cpu":
+                self.teacher = frozen_twin(teacher, getattr(torch, precision) if precision in HALF else None)
         self.uses_hidden_states = isinstance(objective, HiddenObjective)
         self.gates = objective.gates if self.uses_hidden_states else None
         self.total_steps, self.max_grad_norm, self.mask_padding = total_steps, max_grad_norm, mask_padding
