@@ -138,7 +138,7 @@ class DistillStep:
         self.teacher_cache = teacher_cache
         if teacher is not None:
             teacher.eval()
-            if precision in HALF or teacher.device.type == "cpu":
+            if precision in HALF or student.device.type == "cpu":
                 self.teacher = frozen_twin(teacher, getattr(torch, precision) if precision in HALF else None)
         self.uses_hidden_states = isinstance(objective, HiddenObjective)
         self.gates = objective.gates if self.uses_hidden_states else None
