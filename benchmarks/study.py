@@ -527,6 +527,34 @@ def comparison(content: dict, ours: str = "lad", theirs: str = "lad-published") 
     return text
 
 
+def paired(content: dict) -> str:
+    """What the semantics alone do, in words: of pairs of runs alike in setting and seed, those of tuning too."""
+    runs = {(r["task"], r["phase"], r["model"], r["number"]): r["score"] for r in content["runs"]}
+    parts, everything = [], []
+    for task in content["plan"]["tasks"]:
+        differences = [
+            100 * (runs[ours] - runs[theirs])
+            for phase, model in (("tune", "lad"), ("final", "lad-matched"))
+            for ours in sorted(run for run in runs if run[:3] == (task, phase, model))
+            if None not in (runs[ours], runs.get(theirs := (task, phase, "lad-published", ours[3])))
+        ]
+        everything += differences
+        if len(differences) > 1:
+            parts.append(_mean_of_pairs(TITLES[task], differences))
+    if not parts:
+        return "No two pairs of runs with either semantics at one setting and seed yet."
+    parts.append(_mean_of_pairs("all", everything))
+    return (
+        "The same two in pairs of runs alike in setting and seed, those of tuning too (every setting tried, scored on "
+        f"the part of the training split left out), mean difference ± its standard error: {', '.join(parts)}."
+    )
+
+
+def _mean_of_pairs(name: str, differences: Sequence[float]) -> str:
+    mean, error = mean_and_error(differences)
+    return f"{name} {round(mean, 1) + 0:+.1f} ± {error:.1f} ({len(differences)} pairs)"
+
+
 def table(content: dict) -> str:
     """README's part between the markers."""
     if not content["runs"]:
@@ -562,6 +590,8 @@ def table(content: dict) -> str:
         comparison(content),
         "",
         comparison(content, "lad-matched"),
+        "",
+        paired(content),
         "",
         _settings_table(content),
     ]

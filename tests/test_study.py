@@ -348,6 +348,22 @@ def test_the_comparison_is_in_standard_errors_of_the_difference():
     assert "no task has two seeds" in study.comparison(made_up({"lad": [0.6], "lad-published": [0.6]}))
 
 
+def test_pairs_are_alike_in_setting_and_seed():
+    content = made_up({"lad": [0.9, 0.9], "lad-matched": [0.60, 0.62, 0.7], "lad-published": [0.61, 0.64]})
+    tuned = {"lad": [0.5, 0.55, None], "lad-published": [0.49, 0.57, 0.6], "skip": [0.1]}
+    content["runs"] += [
+        content["runs"][0] | {"phase": "tune", "model": model, "number": number, "score": score}
+        for model, scores in tuned.items()
+        for number, score in enumerate(scores)
+    ]
+    # -1 and -2 by seeds, +1 and -2 by settings: mean -1, deviation sqrt(2). No pair: a third seed, a run that diverged.
+    assert "RTE -1.0 ± 0.7 (4 pairs), all -1.0 ± 0.7 (4 pairs)." in study.paired(content)
+    assert "CoLA" not in study.paired(content)
+    content["runs"] += made_up({"teacher": [0.7]})["runs"]
+    assert study.paired(content) in study.table(content)
+    assert study.paired(made_up({"lad-matched": [0.6], "lad-published": [0.6]})).startswith("No two pairs")
+
+
 def test_the_error_over_examples_is_that_of_a_paired_difference():
     """Of accuracies: the deviation of (right - right) over the root of N. Over seeds and examples: both squared."""
     random = np.random.default_rng(0)
