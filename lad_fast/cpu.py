@@ -2,7 +2,7 @@
 
 The mathematics is PyTorch's; only dropout's random numbers are others, from the same generator:
 
-* dropout draws 16 bits an element, 64 at a time, where PyTorch draws a float, and keeps its masks in bytes;
+* dropout draws a byte an element, eight at a time, where PyTorch draws a float, and keeps its masks in bytes;
 * attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
   their scores stay in the cache;
 * float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2;
@@ -11,7 +11,9 @@ The mathematics is PyTorch's; only dropout's random numbers are others, from the
 
 import ctypes
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from lad_fast.kernels import launch as lc
 __all__ = ["FasterOnCPU", "faster_forward", "keep_freed_memory", "lay_out_"]
 
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
+BYTES = 1 << 8
 SCORES_AT_ONCE = 1 << 21  # bytes: fewer calls, and a few such tensors still fit into the cache
 
 
@@ -98,11 +101,29 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _keep(shape: torch.Size, p: float) -> Tensor:
-    """1 with probability 1 - p, else 0, from the default generator; uint8, as PyTorch's passes over bool are slow."""
+    """1 with probability 1 - p, else 0, from the default generator; uint8, as PyTorch's passes over bool are slow.
+
+    A number of two bytes decides. The high one is an element's own. The low ones, which seldom decide, are each value
+    once in a row of 256 elements, turned by a random number that the rows of a call share: half the bits to draw.
+    """
     numel = math.prod(shape)
-    bits = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
-    least = round(p * DROPOUT_STEPS) - DROPOUT_STEPS // 2
-    return torch.ge(bits.view(torch.int16)[:numel], least, out=torch.empty(numel, dtype=torch.uint8)).view(shape)
+    rows = -(-numel // BYTES)
+    bits = torch.empty(rows * BYTES // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    turn = int(bits[-1]) % BYTES
+    high = bits[:-1].view(torch.int8).view(rows, BYTES)
+    keep = torch.empty(rows, BYTES, dtype=torch.uint8)
+    compare, least = _least_high_bytes(p)
+    return compare(high, least[turn : turn + BYTES], out=keep).view(-1)[:numel].view(shape)
+
+
+@lru_cache
+def _least_high_bytes(p: float) -> tuple[Callable[..., Tensor], Tensor]:
+    """How signed high bytes compare to what where an element is kept, by its low byte, in two turns of them."""
+    low = torch.arange(2 * BYTES, device="cpu") % BYTES
+    # Kept are numbers of at least p. To be "at least" their high bytes round up, to be "more" down: both fit in a byte.
+    compare, up = (torch.ge, BYTES - 1) if p < 0.5 else (torch.gt, -1)
+    least = (round(p * DROPOUT_STEPS) - low + up) // BYTES - BYTES // 2
+    return compare, least.to(torch.int8)
 
 
 def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:

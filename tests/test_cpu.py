@@ -118,6 +118,23 @@ def test_dropout_keeps_each_element_as_often(p):
     assert neighbours.mean(dim=0).abs().max() < 5.5 * p * (1 - p) / math.sqrt(4000) + 5 / 4000
 
 
+@pytest.mark.parametrize("p", (1e-6, 0.001, 0.1, 1 / 3, 0.4999, 0.5, 0.9, 0.999, 1 - 1e-6))
+def test_dropout_by_bytes_is_by_numbers_of_two_bytes(p):
+    compare, least = cpu._least_high_bytes(p)
+    high, low = torch.arange(256)[:, None], torch.arange(256)
+    expected = 256 * high + low >= round(p * 65536)
+    assert torch.equal(compare((high - 128).to(torch.int8), least[:256]), expected)
+    assert torch.equal(least[256:], least[:256])
+
+
+def test_dropout_turns_which_elements_a_low_byte_falls_on():
+    """With few low bytes that drop anything, an element of a call's every row would else never be dropped."""
+    torch.manual_seed(0)
+    kept = torch.stack([cpu._keep((256 * 16,), 4 / 65536).view(16, 256) for _ in range(4000)])
+    columns = (kept == 0).sum(dim=(0, 1)).nonzero()[:, 0]
+    assert len(columns) > 200  # of a thousand drops
+
+
 def test_dropout_follows_the_seed_and_leaves_the_rest_to_pytorch():
     x = torch.ones(1000)
     with FasterOnCPU():
