@@ -477,7 +477,7 @@ class _ChainLoss(torch.autograd.Function):
                     for d, scale, needed in zip(saved, scales, needs_student, strict=True)
                 ]
             return *(None,) * 16, grad_logits, *grad_student, *(None,) * len(needs_hidden)
-        (row_mask, cu_seqlens, *chain, aggregates, mean, rstd), saved = saved[:9], saved[9:]
+        (row_mask, cu_seqlens, weight, *parameters, aggregates, mean, rstd), saved = saved[:9], saved[9:]
         states, kept = saved[: len(needs_states)], saved[len(needs_states) :]
         if grad_logits_loss is None:
             slope = None
@@ -486,11 +486,11 @@ class _ChainLoss(torch.autograd.Function):
             grad_student, grad_parameters, grad_hidden = gradients[:num_layers], gradients[num_layers:], None
             grad_logits = None if slope is None else (slope * grad_logits_loss).to(ctx.logits_dtype)
         else:
-            chain[0] = chain[0].to(ctx.matmul_dtype)
             grad_student, grad_hidden, *grad_parameters, grad_logits = chain_loss_backward(
-                grad.expand(num_layers), factor, states[num_layers:], states[:num_layers], ctx.targets, *chain, gates,
-                aggregates, mean, rstd, row_mask, cu_seqlens, ctx.seq_len, ctx.eps, any(needs_student),
-                any(needs_hidden), any(needs_parameters), slope, grad_logits_loss, ctx.logits_dtype, ctx.backend,
+                grad.expand(num_layers), factor, states[num_layers:], states[:num_layers], ctx.targets,
+                weight.to(ctx.matmul_dtype), *parameters, gates, aggregates, mean, rstd, row_mask, cu_seqlens,
+                ctx.seq_len, ctx.eps, any(needs_student), any(needs_hidden), any(needs_parameters), slope,
+                grad_logits_loss, ctx.logits_dtype, ctx.backend,
             )  # fmt: skip
         return (
             *(None,) * 12,

@@ -18,14 +18,14 @@ def picking(states, out_ptr, i, LARGE, COUNT, ONE, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
     pointer = states[0]
     for j in tl.static_range(1, len(states)):
-        if states[j] is not None and i == j:
+        if i == j:
             pointer = states[j]
     tl.store(out_ptr + o, tl.load(pointer + o) * (LARGE + COUNT + ONE))
 
 
 if __name__ == "__main__":
     state = torch.zeros(2048, dtype=torch.bfloat16)
-    arguments = {"states": (state, None, state), "out_ptr": state, "i": 2, "LARGE": 2**31, "COUNT": 16, "ONE": 1}
+    arguments = {"states": (state,) * 3, "out_ptr": state, "i": 2, "LARGE": 2**31, "COUNT": 16, "ONE": 1}
     arguments |= {"BLOCK": 2048, "num_warps": 2, "launch_cooperative_grid": True}
     compiled = aot.compile_launch(picking, arguments, sys.argv[1])
     (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
