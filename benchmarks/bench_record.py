@@ -68,7 +68,7 @@ def facts() -> dict:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
 
 

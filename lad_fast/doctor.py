@@ -20,6 +20,8 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 5e-3}
 
 
 def installed_version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # which names the build, as +cu130; its metadata need not
     try:
         return version(package)
     except PackageNotFoundError:
