@@ -57,6 +57,7 @@ TUNING_SEED, SPLIT_SEED, TEACHER_SEED = 0, 0, 42
 HELD_OUT = 0.2  # of the training split, to choose settings by
 RESAMPLES = 200  # a standard error to a twentieth of itself
 POLL_SECONDS = 1.0
+PRECISION = "bfloat16"  # on every machine, also where it is no faster: what is compared is trained alike
 MOST_CACHE = 10e9  # bytes of teacher's states, of 24 GiB; above, the teacher runs again in every epoch
 
 
@@ -314,7 +315,7 @@ class Study:
         data = self.data[job.task]
         train, scored = data.parts() if job.phase == "tune" else (data.train, data.validation)
         options = {name: value for name, value in settings.items() if name != "examples"}
-        options |= {"task": job.task, "num_threads": self.threads, "progress": False}
+        options |= {"task": job.task, "num_threads": self.threads, "precision": PRECISION, "progress": False}
         others, start = OtherJobs(), time.perf_counter()
         folder = self._teacher_folder(job) if job.model == TEACHER else self.work / "running" / job.key
         splits = {"task": data.task, "train": train, "evaluation": {}, "tokenizer": data.tokenizer}

@@ -9,18 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import pytest
-from contestants import CACHED, GRAPHS, ON_GPU, Runner, check_outcome, ours
+from contestants import CACHED, FASTEST, GRAPHS, ON_GPU, Runner, check_outcome, ours
 from measuring import Timing, in_turn
 from workloads import SIZES, Workload, load, sample
 
-BASE = {"precision": "bfloat16", "padding": "longest", "multiple": None, "option": None}
+BASE = {"precision": FASTEST, "padding": "longest", "multiple": None, "option": None}
 PYTORCHS = "PyTorch's own dropout, attention and linear layers on a CPU"
 COMPILED = "encoders compiled"
-FLOAT32 = "float32"
+OTHER = "float32" if FASTEST != "float32" else "bfloat16"
 OPTIONS = {
     "as training runs it, no cache": {},
     **({} if ON_GPU else {PYTORCHS: {}}),
-    FLOAT32: {"precision": "float32"},
+    OTHER: {"precision": OTHER},
     "widths rounded up to 8": {"multiple": 8},
     "packed": {"padding": "packed"},
     COMPILED: {},
@@ -38,7 +38,7 @@ def why_not(name: str, full: bool) -> str | None:
         return "CUDA graphs take a GPU"
     if name == COMPILED and not full:
         return "with --full: two minutes of compiling"
-    return 'with --full: the table "epoch" has it' if name == FLOAT32 and not (full or ON_GPU) else None
+    return 'with --full: the table "epoch" has it' if name == OTHER and not (full or ON_GPU) else None
 
 
 def warm_steps(name: str, examples: Workload) -> Callable[[], object]:

@@ -7,7 +7,7 @@ import statistics
 from functools import partial
 
 import pytest
-from contestants import CACHED, check_contestant, ours
+from contestants import CACHED, FASTEST, check_contestant, ours
 from measuring import DEVICE, available_bytes, kept_bytes, median_seconds
 from objectives import Contestant, Problem, Shape, check
 from torch import Tensor
@@ -72,10 +72,10 @@ def fit(row: dict) -> None:
 def test_scaling_of_an_epoch(measure):
     """Epochs of 1, 2 and 4 times as many examples; the memory is what a cache of the teacher takes."""
     whole, size, points = load("sst2"), SIZES["minilm"], []
-    check_contestant(f"ours, bfloat16, {CACHED}", size, "longest", True)
+    check_contestant(f"ours, {FASTEST}, {CACHED}", size, "longest", True)
     for num_batches in EPOCH_BATCHES:
         examples = sample(whole, num_batches)[0]
-        runner = ours(size, "bfloat16", "longest", True, CACHED, examples)
+        runner = ours(size, FASTEST, "longest", True, CACHED, examples)
         runner.run(examples)  # the cache is full from here on
         run = partial(runner.run, examples)
         points.append(
@@ -86,7 +86,7 @@ def test_scaling_of_an_epoch(measure):
             }
         )
     row = measure(
-        run, table="scaling", contestant="an epoch", axis="examples", points=points, dtype="bfloat16",
+        run, table="scaling", contestant="an epoch", axis="examples", points=points, dtype=FASTEST,
         kept_bytes=points[-1]["kept_bytes"], profiled=False, rounds=5, case=f"examples {points[0]['examples']} to "
         f"{points[-1]['examples']}, the last timed, {CACHED}, sst2",
     )  # fmt: skip

@@ -189,7 +189,7 @@ def _backward(
         if need_parameters:
             add = torch.Tensor.add_ if group[0].rows.start else torch.Tensor.copy_
             for i, (grad, state) in enumerate(zip(*(each.values for each in gathered), strict=True)):
-                add(grad_weight[i], _matmul(grad.T, state))
+                add(grad_weight[i], lc.weight_gradient(grad, state))
     return grad_hidden, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import threading
 import warnings
 from collections.abc import Iterator
@@ -196,6 +197,28 @@ def onednn_linear(operand: Tensor):
     there and is twice as fast. It reads transposed operands as they are.
     """
     return _onednn_linear(operand.dtype) if operand.device.type == "cpu" else None
+
+
+@functools.cache
+def is_intels() -> bool:
+    """Whether this machine's processor is Intel's, as far as it tells."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = platform.processor()  # Windows has the vendor there
+    return "GenuineIntel" in told
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad.T @ x`` of two tensors of rows in one dtype: a linear layer's weight gradient.
+
+    float32 goes to oneDNN but on Intel's processors, where MKL's is faster by a fifth to nine tenths: here both
+    operands lie across. Half types go to oneDNN through ``@``, which reads both as they lie.
+    """
+    linear = onednn_linear(grad)
+    if grad.dtype != torch.float32 or linear is None or is_intels():
+        return grad.T @ x
+    return linear(grad.T, x.T, None, "none", [], "")
 
 
 def laid_out_for(num_rows: int, weight: Tensor) -> Tensor:

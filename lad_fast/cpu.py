@@ -5,12 +5,14 @@ The mathematics is PyTorch's; only dropout's random numbers are others, from the
 * dropout draws a byte an element, eight at a time, where PyTorch draws a float, and keeps its masks in bytes;
 * attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
   their scores stay in the cache;
-* float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2;
+* float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2; on
+  Intel's, weight gradients stay with MKL;
 * a teacher's weights are laid out for oneDNN once, not by every product.
 """
 
 import ctypes
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lad_fast.kernels import launch as lc
 
-__all__ = ["FasterOnCPU", "faster_forward", "keep_freed_memory", "lay_out_"]
+__all__ = ["FasterOnCPU", "bfloat16_pays", "faster_forward", "keep_freed_memory", "lay_out_"]
 
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
 BYTES = 1 << 8
@@ -220,7 +222,7 @@ class _Linear(torch.autograd.Function):
         x = x.reshape(-1, x.shape[-1]).contiguous()
         return (
             _product(grad, weight.T) if needs_x else None,
-            _product(rows.T, x.T) if needs_weight else None,
+            lc.weight_gradient(rows, x) if needs_weight else None,
             rows.sum(dim=0) if needs_bias else None,
         )
 
@@ -248,6 +250,31 @@ def lay_out_(linear: nn.Linear) -> None:
     if type(linear) is nn.Linear and (laid_out := lc.laid_out_for(lc.PACKED_ROWS, linear.weight)) is not linear.weight:
         linear.laid_out = laid_out.detach()
         linear.__class__ = _LaidOutLinear
+
+
+@lru_cache
+def bfloat16_pays() -> bool:
+    """Whether a training step is faster in bfloat16 on this processor, by a product timed in it and in float32.
+
+    That it has the instructions does not tell: Intel's with AVX512_BF16 but without AMX, as virtual machines may show
+    them, take twice as long in bfloat16. Where it gains less than a quarter, autocast's copies use that up. Timed once
+    a process, some 30 ms.
+    """
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    return _product_seconds(torch.bfloat16) < 0.75 * _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype, rows: int = 256, size: int = 768, calls: int = 7) -> float:
+    """The least of a few calls, the first of which readies the library."""
+    x, weight = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    seconds = []
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        for _ in range(calls):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def keep_freed_memory() -> bool:

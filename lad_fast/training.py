@@ -40,7 +40,7 @@ from lad_fast.checkpoint import (
     write_checkpoint,
     write_json,
 )
-from lad_fast.cpu import keep_freed_memory
+from lad_fast.cpu import bfloat16_pays, keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.glue import Task, check_metrics, compute_metrics, confusion_matrix, load_split, predictions_from_logits
@@ -117,8 +117,8 @@ class TrainingConfig(DataConfig):
     max_grad_norm: float = 1.0
     """Gradients above this norm are scaled down to it."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
-    """Of the models' arithmetic; weights, losses and the optimizer stay float32. auto: bfloat16 where the processor
-    or GPU multiplies it, else float16 on a GPU and float32 on a CPU."""
+    """Of the models' arithmetic; weights, losses and the optimizer stay float32. auto: bfloat16 where the GPU has
+    it, or the processor multiplies faster in it (timed once); else float16 on a GPU and float32 on a CPU."""
     optimizer: Literal["auto", "torch", "apex"] = "auto"
     """Whose fused AdamW; auto takes PyTorch's."""
     cuda_graphs: bool = False
@@ -475,13 +475,12 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The precision that "auto" takes on a device: the fastest that the hardware multiplies in."""
+    """The precision that "auto" takes on a device: the fastest that the hardware multiplies in, on a CPU as timed."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type != "cpu":
         return "float32"
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if has_bfloat16 else "float32"
+    return "bfloat16" if bfloat16_pays() else "float32"
 
 
 def _pick_device(name: str) -> torch.device:

@@ -74,12 +74,64 @@ def test_linear_of_each_examples_first_row_hands_over_dense_operands(monkeypatch
         return product(x, weight, *rest)
 
     monkeypatch.setattr(launch, "onednn_linear", lambda operand: noted)
+    monkeypatch.setattr(launch, "is_intels", lambda: False)
     states, layer = torch.randn(3, 5, 8, requires_grad=True), torch.nn.Linear(8, 4)
     with FasterOnCPU():
         layer(states[:, 0]).sum().backward()
     assert len(seen) == 3
     assert all(weight.is_contiguous() or weight.T.is_contiguous() for weight in seen)
     torch.testing.assert_close(layer.weight.grad, states[:, 0].sum(dim=0).expand(4, 8))
+
+
+@pytest.mark.parametrize("is_intels", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_weight_gradient(monkeypatch, dtype, is_intels):
+    """Whoever multiplies, it is grad.T @ x; float32 sums 37 terms, bfloat16 rounds its result."""
+    monkeypatch.setattr(launch, "is_intels", lambda: is_intels)
+    grad, x = torch.randn(37, 5, dtype=dtype), torch.randn(37, 9, dtype=dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+    actual = launch.weight_gradient(grad, x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), grad.double().T @ x.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel\n", "", True),
+        ("vendor_id\t: AuthenticAMD\n", "Intel64 Family 6 Model 85, GenuineIntel", False),
+        (None, "Intel64 Family 6 Model 85, GenuineIntel", True),
+        (None, "AMD64 Family 25 Model 17, AuthenticAMD", False),
+        (None, "", False),
+    ],
+)
+def test_intels_processor_is_told(monkeypatch, cpuinfo, name, expected):
+    def read_text(path, **options):
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return cpuinfo
+
+    monkeypatch.setattr(launch.Path, "read_text", read_text)
+    monkeypatch.setattr(launch.platform, "processor", lambda: name)
+    assert launch.is_intels.__wrapped__() is expected
+
+
+@pytest.mark.parametrize(
+    ("supported", "seconds", "expected"),
+    [(True, 0.5, True), (True, 0.9, False), (True, 1.9, False), (False, 0.5, False)],
+)
+def test_bfloat16_pays_where_its_products_are_faster(monkeypatch, supported, seconds, expected):
+    """An instruction alone does not tell: without AMX Intel's processors take longer with theirs."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu, "_product_seconds", {torch.float32: 1.0, torch.bfloat16: seconds}.get)
+    assert cpu.bfloat16_pays.__wrapped__() is expected
+
+
+def test_a_products_time_is_the_least_of_its_calls(monkeypatch):
+    clock = iter([0.0, 9.0, 9.0, 11.0, 11.0, 14.0])
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
+    assert cpu._product_seconds(torch.float32, calls=3) == 2.0
 
 
 def test_linear_in_other_dtypes_and_without_rows_is_pytorchs():
