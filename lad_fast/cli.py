@@ -73,7 +73,7 @@ class InferenceConfig(DataConfig):
     batch_size: int = 64
     """Examples a batch."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model's arithmetic. Training scores in its own, which is bfloat16 where the machine has it."""
+    """Of the model's arithmetic. Training scores in its own, which is bfloat16 where the machine is faster in it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
