@@ -454,8 +454,10 @@ def _find_task(config: TrainingConfig, task: Task | None, evaluation: dict | Non
 def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedModel) -> TrainingConfig:
     """The configuration with "auto" replaced by what it comes to; models are made to take its batches."""
     precision, padding = config.precision, config.padding
+    # One process times for all, also where this one's need not: they call it together.
+    fastest = current_world().first(fastest_precision, device)
     if precision == "auto":
-        precision = fastest_precision(device)
+        precision = fastest
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
         dtype = getattr(torch, precision) if precision in HALF else torch.float32
