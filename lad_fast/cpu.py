@@ -12,7 +12,6 @@ The mathematics is PyTorch's; only dropout's random numbers are others, from the
 
 import ctypes
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -252,29 +251,14 @@ def lay_out_(linear: nn.Linear) -> None:
         linear.__class__ = _LaidOutLinear
 
 
-@lru_cache
 def bfloat16_pays() -> bool:
-    """Whether a training step is faster in bfloat16 on this processor, by a product timed in it and in float32.
+    """Whether a training step is faster in bfloat16 on this processor.
 
-    That it has the instructions does not tell: Intel's with AVX512_BF16 but without AMX, as virtual machines may show
-    them, take twice as long in bfloat16. Where it gains less than a quarter, autocast's copies use that up. Timed once
-    a process, some 30 ms.
+    Its instructions alone do not tell: Intel's with AVX512_BF16 but without AMX, as virtual machines may show them,
+    take twice float32's time for a product. Nothing is timed here: beside other processes a timing came out the wrong
+    way round, and runs would not repeat to the bit.
     """
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    return _product_seconds(torch.bfloat16) < 0.75 * _product_seconds(torch.float32)
-
-
-def _product_seconds(dtype: torch.dtype, rows: int = 256, size: int = 768, calls: int = 7) -> float:
-    """The least of a few calls, the first of which readies the library."""
-    x, weight = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    seconds = []
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        for _ in range(calls):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not lc.is_intels())
 
 
 def keep_freed_memory() -> bool:

@@ -118,7 +118,7 @@ class TrainingConfig(DataConfig):
     """Gradients above this norm are scaled down to it."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Of the models' arithmetic; weights, losses and the optimizer stay float32. auto: bfloat16 where the GPU has
-    it, or the processor multiplies faster in it (timed once); else float16 on a GPU and float32 on a CPU."""
+    it, or the processor multiplies faster in it; else float16 on a GPU and float32 on a CPU."""
     optimizer: Literal["auto", "torch", "apex"] = "auto"
     """Whose fused AdamW; auto takes PyTorch's."""
     cuda_graphs: bool = False
@@ -454,10 +454,8 @@ def _find_task(config: TrainingConfig, task: Task | None, evaluation: dict | Non
 def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedModel) -> TrainingConfig:
     """The configuration with "auto" replaced by what it comes to; models are made to take its batches."""
     precision, padding = config.precision, config.padding
-    # One process times for all, also where this one's need not: they call it together.
-    fastest = current_world().first(fastest_precision, device)
     if precision == "auto":
-        precision = fastest
+        precision = fastest_precision(device)
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
         dtype = getattr(torch, precision) if precision in HALF else torch.float32
@@ -477,7 +475,7 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The precision that "auto" takes on a device: the fastest that the hardware multiplies in, on a CPU as timed."""
+    """The precision that "auto" takes on a device: the fastest that the hardware multiplies in."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type != "cpu":

@@ -117,21 +117,21 @@ def test_intels_processor_is_told(monkeypatch, cpuinfo, name, expected):
 
 
 @pytest.mark.parametrize(
-    ("supported", "seconds", "expected"),
-    [(True, 0.5, True), (True, 0.9, False), (True, 1.9, False), (False, 0.5, False)],
+    ("has_amx", "has_avx512", "is_intels", "expected"),
+    [
+        (True, True, True, True),
+        (False, True, True, False),
+        (False, True, False, True),
+        (False, False, False, False),
+        (False, False, True, False),
+    ],
 )
-def test_bfloat16_pays_where_its_products_are_faster(monkeypatch, supported, seconds, expected):
+def test_bfloat16_pays_where_its_products_are_faster(monkeypatch, has_amx, has_avx512, is_intels, expected):
     """An instruction alone does not tell: without AMX Intel's processors take longer with theirs."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(cpu, "_product_seconds", {torch.float32: 1.0, torch.bfloat16: seconds}.get)
-    assert cpu.bfloat16_pays.__wrapped__() is expected
-
-
-def test_a_products_time_is_the_least_of_its_calls(monkeypatch):
-    clock = iter([0.0, 9.0, 9.0, 11.0, 11.0, 14.0])
-    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
-    assert cpu._product_seconds(torch.float32, calls=3) == 2.0
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512)
+    monkeypatch.setattr(launch, "is_intels", lambda: is_intels)
+    assert cpu.bfloat16_pays() is expected
 
 
 def test_linear_in_other_dtypes_and_without_rows_is_pytorchs():

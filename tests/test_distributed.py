@@ -8,7 +8,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -135,9 +134,6 @@ def work(jobs, folder):
                 (folder / f"told {rank}").write_text(json.dumps([current_world().local_size, torch.initial_seed()]))
 
             run(own, hook=tell, method="none", max_steps=1)
-        elif job == "auto":
-            with patch("lad_fast.training.fastest_precision", lambda device: ("bfloat16", "float32")[rank]):
-                run(own, precision="auto", max_steps=1)
         elif job == "finished":
             result = run(folder / "sequence norm" if rank == 0 else own)
             weights = result.model.classifier.weight.tolist()
@@ -190,7 +186,7 @@ def pair(tmp_path_factory):
     (folder / "in use").mkdir()
     with own_folder(folder / "in use"):
         others = "not finite", "all not finite", "unlike", "in use", "undisturbed", "given group", "told", "finished"
-        done = launch(folder, *CASES, *others, "auto")
+        done = launch(folder, *CASES, *others)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -437,11 +433,6 @@ def test_what_several_processes_do_not_take(tmp_path, monkeypatch):
 
 def test_processes_know_how_many_they_are_and_draw_apart(pair):
     assert [json.loads((pair / f"told {rank}").read_text()) for rank in range(2)] == [[2, 42], [2, 43]]
-
-
-def test_the_first_process_times_the_precision_for_all(pair):
-    """Timed by each, two that differ would be refused as runs of different settings."""
-    assert json.loads((pair / "auto/config.json").read_text())["precision"] == "bfloat16"
 
 
 def test_one_process_under_torchrun_is_alone(monkeypatch):
