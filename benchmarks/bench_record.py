@@ -1,8 +1,10 @@
-"""Run the suite and keep what it measured: a result file, a figure and README's tables. ``lad-fast bench`` calls it.
+"""Run the suite and keep what it measured: a result file, a figure and the tables of README and docs.
+
+``lad-fast bench`` calls it.
 
     python benchmarks/bench_record.py run [--full] [--output-dir DIR]
     python benchmarks/bench_record.py convert --report REPORT.json [--output-dir DIR]   # of pytest --benchmark-json
-    python benchmarks/bench_record.py readme   # the tables again, from the result files
+    python benchmarks/bench_record.py readme   # the tables of README and docs again, from the result files
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGE = ROOT / "docs/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
 MARKERS = ("<!-- bench: begin -->", "<!-- bench: end -->")
 HEADLINE_MARKERS = ("<!-- headline: begin -->", "<!-- headline: end -->")
@@ -101,12 +104,20 @@ def load_results(folder: Path = RESULTS) -> list[dict]:
     return [content | {"file": path} for path, content in files if "roofs" in content]
 
 
+def page_part(results: list[dict]) -> str:
+    """The part of docs/benchmarks.md between the markers: a section a result file."""
+    return "\n\n".join(section(result) for result in results)
+
+
 def readme_part(results: list[dict]) -> str:
-    """README's part between the markers: a section a result file."""
-    sections = [section(result) for result in results]
+    """README's part between the markers: the library on each machine in each precision, a line each."""
+    found = [(result, dtype) for result in results for dtype in result["roofs"] if dtype != "bytes_per_second"]
+    cells = [[one["machine"], dtype, *(write(one, dtype) for write in SUMMARY.values())] for one, dtype in found]
+    lines = [line for line in cells if set(line[2:]) != {"-"}]  # a precision in which nothing was timed
+    parts = [markdown(["machine", "precision", *SUMMARY], lines)] if lines else []
     if not any(result["device"] == "cuda" for result in results):
-        sections.append("### GPU\n\nNo figure has been measured on a GPU: there is no result file of one.")
-    return "\n\n".join(sections)
+        parts.append("No figure has been measured on a GPU: there is no result file of one.")
+    return "\n\n".join(parts)
 
 
 def headline(results: list[dict]) -> str:
@@ -127,7 +138,7 @@ def headline(results: list[dict]) -> str:
         parts += [
             markdown(["speed of an SST-2 epoch against the published training loop", *names], lines),
             "Scaled from a few batches. The published loop pads to 128; plain is a careful PyTorch loop; a cached "
-            "teacher counts from the second epoch on ([all figures, and who is who](#speed)).",
+            "teacher counts from the second epoch on ([all figures, and who is who](docs/benchmarks.md)).",
         ]
     if not any(result["device"] == "cuda" for result in results):
         parts.append("Nothing has been measured on a GPU yet.")
@@ -146,7 +157,7 @@ def section(result: dict) -> str:
     ]
     starts = [f"{row['case']}: {_seconds(row['median_s'])}" for row in result["rows"] if row["table"] == "start"]
     parts = [
-        f"### {result['machine']}",
+        f"## {result['machine']}",
         f"{versions}, {result['threads']} threads, commit {result['commit']}, {result['date']}. Roofs measured in the "
         f"run: copies {copy}, products {products}. {_disturbance(result)}",
         _table(result, "step", STEP),
@@ -159,7 +170,7 @@ def section(result: dict) -> str:
     ]
     figure = result["file"].with_suffix(".png")
     if figure.is_file():
-        parts.append(f"![Time and memory]({figure.relative_to(ROOT)})")
+        parts.append(f"![Time and memory](../{figure.relative_to(ROOT)})")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -214,6 +225,50 @@ OBJECTIVE = {
 }
 
 
+def _step(table: str, case: str, option: str = "") -> Callable[[dict, str], str]:
+    """A column of :data:`SUMMARY`: the library's step against the published one."""
+
+    def write(result: dict, dtype: str) -> str:
+        rows = (row for row in result["rows"] if row["table"] == table and row["case"].startswith(case))
+        return next((_ratio(row) for row in rows if row["contestant"] == f"ours, {dtype}{option}"), "-")
+
+    return write
+
+
+def _objective(rival: str, write: Callable[[dict, dict], str]) -> Callable[[dict, str], str]:
+    """A column of :data:`SUMMARY`: the objective beside a rival, both ways, at BERT-base's published size."""
+    size = {"table": "objective", "passes": "forward+backward", "tokens": 4096, "hidden_size": 768, "layers": 12}
+
+    def column(result: dict, dtype: str) -> str:
+        wanted = (size | {"dtype": dtype}).items()
+        rows = {row["contestant"]: row for row in result["rows"] if wanted <= row.items()}
+        ours = "triton" if result["device"] == "cuda" else "torch"
+        if not {ours, rival} <= rows.keys():
+            return "-"
+        both = rows[ours], rows[rival]
+        return "disturbed" if any(map(is_disturbed, both)) else write(*both)
+
+    return column
+
+
+def _ratio_of_times(row: dict, other: dict) -> str:
+    return f"{other['median_s'] / row['median_s']:.2f}x"
+
+
+def _both_kept(row: dict, other: dict) -> str:
+    return f"{row['kept_bytes'] / 1e6:.0f} of {other['kept_bytes'] / 1e6:.0f} MB"
+
+
+SUMMARY = {
+    "padded step": _step("step", "B 32 x S 128"),
+    "SST-2 epoch": _step("epoch", "sst2"),
+    "SST-2, teacher cached": _step("epoch", "sst2", ", cached teacher"),
+    "MRPC epoch": _step("epoch", "mrpc"),
+    "objective, against reference": _objective("reference", _ratio_of_times),
+    "against the compiled one": _objective("compiled", _ratio_of_times),
+    "of roof": _objective("reference", lambda row, _: f"{row['roof_share']:.0%}"),
+    "kept for backward": _objective("reference", _both_kept),
+}
 ENGINE = {
     "option": lambda row: row["contestant"],
     "precision": lambda row: row["dtype"],
@@ -310,7 +365,7 @@ def run(full: bool, output_dir: Path) -> int:
 
 
 def convert(report: Path, output_dir: Path) -> int:
-    """Result file and figure, and README's tables where the files are among those kept; 1 if nothing was measured."""
+    """Result file and figure, and the tables where the files are among those kept; 1 if nothing was measured."""
     if not report.is_file() or not (text := report.read_text(encoding="utf-8")):
         print(f"{report} holds no benchmarks", file=sys.stderr)
         return 1
@@ -322,7 +377,7 @@ def convert(report: Path, output_dir: Path) -> int:
     draw(result, path.with_suffix(".png"))
     print(f"wrote {path} and its figure")
     if output_dir.resolve() == RESULTS.resolve():
-        write_readme()
+        write_tables()
     return 0
 
 
@@ -333,10 +388,11 @@ def write_result(result: dict, path: Path) -> None:
     path.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 
-def write_readme() -> None:
+def write_tables() -> None:
     results = load_results()
     replace_between(README, HEADLINE_MARKERS, headline(results))
     replace_between(README, MARKERS, readme_part(results))
+    replace_between(PAGE, MARKERS, page_part(results))
     replace_between(PERFORMANCE, ENGINE_MARKERS, engine_part(results))
 
 
@@ -351,7 +407,7 @@ def main() -> int:
         return run(options.full, options.output_dir)
     if options.what == "convert":
         return convert(options.report, options.output_dir)
-    write_readme()
+    write_tables()
     return 0
 
 

@@ -12,8 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lad_fast.cpu import emulates
+from lad_fast.kernels.launch import onednn_linear
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def why_not_timed(dtype: str) -> str | None:
+    """Why nothing is timed in a type: products that are emulated would take most of the suite's time."""
+    emulated = DEVICE.type == "cpu" and dtype == "bfloat16" and emulates(DTYPES[dtype])
+    return f"this processor has no {dtype} products" if emulated else None
 
 
 def pin_threads() -> int:
@@ -223,8 +232,7 @@ def measure_roofs() -> Roofs:
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
         ways = [lambda a=a, b=b: a @ b]
-        if DEVICE.type == "cpu" and torch.backends.mkldnn.is_available():  # faster than MKL on some processors
-            one = torch.ops.mkldnn._linear_pointwise
-            ways.append(lambda a=a, b=b, one=one: one(a, b, None, "none", [], ""))
+        if (linear := onednn_linear(a)) is not None:  # faster than MKL on some processors
+            ways.append(lambda a=a, b=b, linear=linear: linear(a, b, None, "none", [], ""))
         rates[name] = 2 * size**3 / min(seconds_of(way) for way in ways for _ in range(6))
     return Roofs(2 * source.nbytes / copy, rates)

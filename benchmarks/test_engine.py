@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from contestants import CACHED, FASTEST, GRAPHS, ON_GPU, Runner, check_outcome, ours
-from measuring import Timing, in_turn
+from measuring import Timing, in_turn, why_not_timed
 from workloads import SIZES, Workload, load, sample
 
 BASE = {"precision": FASTEST, "padding": "longest", "multiple": None, "option": None}
@@ -36,6 +36,8 @@ def why_not(name: str, full: bool) -> str | None:
     """Why an option takes no part."""
     if name == GRAPHS and not ON_GPU:
         return "CUDA graphs take a GPU"
+    if reason := why_not_timed((BASE | OPTIONS[name])["precision"]):
+        return reason
     if name == COMPILED and not full:
         return "with --full: two minutes of compiling"
     return 'with --full: the table "epoch" has it' if name == OTHER and not (full or ON_GPU) else None

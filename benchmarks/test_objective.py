@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from measuring import DTYPES, Timing, available_bytes, copies_past_l2, in_turn, kept_bytes, rotating
+from measuring import DTYPES, Timing, available_bytes, copies_past_l2, in_turn, kept_bytes, rotating, why_not_timed
 from objectives import OPERATIONS, Contestant, Problem, Shape, check, contestants, problem, right
 
 SIZES = (Shape(480, 768, 12, seq_len=32), Shape(4096, 768, 12))
@@ -67,6 +67,8 @@ def race(operation: str, passes: str, dtype: str, shape: Shape, names: tuple[str
 def run(
     measure, rivals: tuple[str, ...], full: bool, operation: str, passes: str, dtype: str, shape: Shape, name: str
 ) -> None:
+    if reason := why_not_timed(dtype):
+        pytest.skip(reason)
     known = contestants(operation, dtype)
     if name not in known:
         pytest.skip(f"{name} takes no part in {operation} in {dtype} here")

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from contestants import CACHED, CONTESTANTS, FASTEST, GRAPHS, ON_GPU, PUBLISHED, Runner, check_contestant, make
-from measuring import Timing, clock, in_turn
+from measuring import Timing, clock, in_turn, why_not_timed
 from roofline import step_flops
 from workloads import (
     BATCH_SIZE,
@@ -84,6 +84,8 @@ def why_not(task: str, name: str, full: bool) -> str | None:
     """Why a contestant takes no part."""
     if name.endswith(GRAPHS) and not ON_GPU:
         return "CUDA graphs take a GPU"
+    if reason := why_not_timed(name.split(", ")[1]):
+        return reason
     # The first task and the padded step show both precisions.
     is_shown = task == TASKS[0] or name == PUBLISHED or name.split(", ")[1] == FASTEST
     return None if is_shown or full or ON_GPU else "with --full"

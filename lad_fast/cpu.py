@@ -5,7 +5,7 @@ The mathematics is PyTorch's; only dropout's random numbers are others, from the
 * dropout draws a byte an element, eight at a time, where PyTorch draws a float, and keeps its masks in bytes;
 * attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
   their scores stay in the cache;
-* float32 products go to oneDNN, which takes AVX-512 where PyTorch's MKL, on AMD's processors, stays with AVX2; on
+* float32 products go to oneDNN where there is AVX-512, with which PyTorch's MKL, on AMD's processors, does nothing; on
   Intel's, weight gradients stay with MKL;
 * a teacher's weights are laid out for oneDNN once, not by every product.
 """
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lad_fast.kernels import launch as lc
 
-__all__ = ["FasterOnCPU", "bfloat16_pays", "faster_forward", "keep_freed_memory", "lay_out_"]
+__all__ = ["FasterOnCPU", "bfloat16_pays", "emulates", "faster_forward", "keep_freed_memory", "lay_out_"]
 
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
 BYTES = 1 << 8
@@ -259,6 +259,12 @@ def bfloat16_pays() -> bool:
     way round, and runs would not repeat to the bit.
     """
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not lc.is_intels())
+
+
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies a type of 16 bits without the processor's help, several times slower than float32."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, supported)()
 
 
 def keep_freed_memory() -> bool:

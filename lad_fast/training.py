@@ -40,7 +40,7 @@ from lad_fast.checkpoint import (
     write_checkpoint,
     write_json,
 )
-from lad_fast.cpu import bfloat16_pays, keep_freed_memory
+from lad_fast.cpu import bfloat16_pays, emulates, keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.glue import Task, check_metrics, compute_metrics, confusion_matrix, load_split, predictions_from_logits
@@ -456,6 +456,8 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
     precision, padding = config.precision, config.padding
     if precision == "auto":
         precision = fastest_precision(device)
+    if device.type == "cpu" and precision in HALF and emulates(getattr(torch, precision)):
+        _LOG.warning("this processor has no %s products: precision 'float32' is several times faster", precision)
     counts_padding = not getattr(config, "mask_padding", True)
     if padding == "auto":
         dtype = getattr(torch, precision) if precision in HALF else torch.float32

@@ -54,6 +54,17 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 products go to oneDNN, also on a processor on which MKL is faster."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    from lad_fast.kernels import launch  # here: importing it imports Triton
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(launch, "_onednn_linear", launch._onednn_linear.__wrapped__)
+
+
+@pytest.fixture
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills every float tensor that torch.empty and its kin allocate with NaN, so that unwritten memory shows."""
 

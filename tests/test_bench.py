@@ -106,17 +106,49 @@ def test_contestants_take_turns_so_that_a_machine_that_slows_down_is_fair(monkey
     assert slow / fast == pytest.approx(2 * 1.1)
 
 
-def test_readme_part_has_a_section_a_file_and_says_where_no_gpu_was_measured(tmp_path):
+def test_the_page_has_a_section_a_file_and_readme_says_where_no_gpu_was_measured(tmp_path):
     content = bench_record.compact(REPORT)
     (tmp_path / "here.json").write_text(json.dumps(content))
     (tmp_path / "real_data.json").write_text('{"rows": []}')  # another kind of result
-    part = bench_record.readme_part(bench_record.load_results(tmp_path))
-    assert f"### {content['machine']}" in part
+    part = bench_record.page_part(bench_record.load_results(tmp_path))
+    assert f"## {content['machine']}" in part
     assert "| forward+backward, T 480 | torch | ~124 ms | disturbed | 10 MB | - | 50% |" in part
     assert "while 1 of 1 rows were timed" in part
-    assert "No figure has been measured on a GPU" in part
+    assert "No figure has been measured on a GPU" in bench_record.readme_part(bench_record.load_results(tmp_path))
     (tmp_path / "gpu.json").write_text(json.dumps(content | {"device": "cuda"}))
     assert "No figure" not in bench_record.readme_part(bench_record.load_results(tmp_path))
+
+
+def test_readme_sums_a_machine_up_in_a_line_a_precision():
+    step = {"table": "step", "case": "B 32 x S 128 padded", "contestant": "ours, float32", "ratio": 2.345}
+    epoch = {"table": "epoch", "case": "sst2, 6 to", "contestant": "ours, float32, cached teacher", "ratio": 19.0}
+    size = {"table": "objective", "case": "", "passes": "forward+backward", "tokens": 4096, "hidden_size": 768}
+    both = size | {"layers": 12, "dtype": "float32", "kept_bytes": 2e6, "roof_share": 0.5}
+    rows = [
+        step, epoch, epoch | {"case": "mrpc", "contestant": "ours, float32", "ratio": 3.0, "other_jobs": 0.5},
+        both | {"contestant": "torch", "median_s": 9.0, "tokens": 480}, both | {"contestant": "torch", "median_s": 2.0},
+        both | {"contestant": "reference", "median_s": 3.0}, both | {"contestant": "triton", "median_s": 1.0},
+    ]  # fmt: skip
+    roofs = {"bytes_per_second": 1.0, "float32": 1.0, "bfloat16": 1.0}
+    result = {"machine": "a", "device": "cpu", "roofs": roofs, "rows": rows}
+    lines = bench_record.readme_part([result]).splitlines()[2:]
+    assert lines[0] == "| a | float32 | 2.35x | - | 19.00x | disturbed | 1.50x | - | 50% | 2 of 2 MB |"
+    assert not lines[1] and "GPU" in lines[2]  # nothing was timed in bfloat16
+    (line,) = bench_record.readme_part([result | {"device": "cuda"}]).splitlines()[2:]
+    assert " | 3.00x | " in line  # there the kernels are ours
+
+
+@pytest.mark.parametrize("emulated", (False, True))
+def test_types_that_the_processor_does_not_multiply_are_not_timed(monkeypatch, emulated):
+    monkeypatch.setattr(measuring, "emulates", lambda dtype: emulated)
+    assert measuring.why_not_timed("float32") is None
+    assert (measuring.why_not_timed("bfloat16") is not None) == emulated
+
+
+def test_roofs_are_measured_without_onednn(monkeypatch):
+    monkeypatch.setattr(measuring, "onednn_linear", lambda operand: None)
+    rates = measuring.measure_roofs().flop_per_second
+    assert rates.keys() == measuring.DTYPES.keys() and min(rates.values()) > 0
 
 
 def test_replace_between_markers(tmp_path):

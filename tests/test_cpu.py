@@ -12,11 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from lad_fast import cpu
-from lad_fast.cpu import FasterOnCPU, faster_forward
+from lad_fast.cpu import FasterOnCPU, emulates, faster_forward
 from lad_fast.kernels import launch
 from lad_fast.models import run_model
-
-needs_onednn = pytest.mark.skipif(launch.onednn_linear(torch.ones(1)) is None, reason="PyTorch without oneDNN")
 
 
 def called(function) -> set[str]:
@@ -41,10 +39,9 @@ def batch() -> dict:
     return {"input_ids": torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(0)), "attention_mask": mask}
 
 
-@needs_onednn
 @pytest.mark.parametrize("has_bias", (True, False))
 @pytest.mark.parametrize("shape", ((7, 24), (3, 5, 24), (1, 1, 24), (24,)))
-def test_linear(shape, has_bias, monkeypatch):
+def test_linear(shape, has_bias, monkeypatch, onednn):
     """Also where the weight is laid out for many rows, and with an input that is not contiguous."""
     torch.manual_seed(0)
     weight, bias = torch.randn(10, 24, requires_grad=True), torch.randn(10, requires_grad=True) if has_bias else None
@@ -64,8 +61,7 @@ def test_linear(shape, has_bias, monkeypatch):
                 torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
 
 
-@needs_onednn
-def test_linear_of_each_examples_first_row_hands_over_dense_operands(monkeypatch):
+def test_linear_of_each_examples_first_row_hands_over_dense_operands(monkeypatch, onednn):
     """A pooler's: for a transposed operand with gaps between its rows oneDNN has only code a hundred times slower."""
     seen, product = [], launch.onednn_linear(torch.ones(1))
 
@@ -85,7 +81,7 @@ def test_linear_of_each_examples_first_row_hands_over_dense_operands(monkeypatch
 
 @pytest.mark.parametrize("is_intels", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-def test_weight_gradient(monkeypatch, dtype, is_intels):
+def test_weight_gradient(monkeypatch, onednn, dtype, is_intels):
     """Whoever multiplies, it is grad.T @ x; float32 sums 37 terms, bfloat16 rounds its result."""
     monkeypatch.setattr(launch, "is_intels", lambda: is_intels)
     grad, x = torch.randn(37, 5, dtype=dtype), torch.randn(37, 9, dtype=dtype)
@@ -132,6 +128,26 @@ def test_bfloat16_pays_where_its_products_are_faster(monkeypatch, has_amx, has_a
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512)
     monkeypatch.setattr(launch, "is_intels", lambda: is_intels)
     assert cpu.bfloat16_pays() is expected
+
+
+def test_float32_products_go_to_onednn_with_avx512_alone(monkeypatch):
+    for has_avx512 in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda has_avx512=has_avx512: has_avx512)
+        runs = launch._onednn_linear.__wrapped__(torch.float32) is not None
+        assert runs == (has_avx512 and torch.backends.mkldnn.is_available())
+    assert launch._onednn_linear.__wrapped__(torch.float64) is None
+
+
+def test_bfloat16_products_that_onednn_refuses_are_emulated():
+    if not torch.backends.mkldnn.is_available():
+        assert emulates(torch.bfloat16)
+        return
+    a, product = torch.ones(8, 8, dtype=torch.bfloat16), torch.ops.mkldnn._linear_pointwise
+    if not emulates(torch.bfloat16):
+        assert torch.equal(product(a, a, None, "none", [], ""), 8 * a)
+        return
+    with pytest.raises(RuntimeError):
+        product(a, a, None, "none", [], "")
 
 
 def test_linear_in_other_dtypes_and_without_rows_is_pytorchs():
@@ -324,8 +340,7 @@ def test_a_model_with_dropout_has_the_same_mean():
     assert 0.8 < ours.std(dim=0).norm() / theirs.std(dim=0).norm() < 1.25
 
 
-@needs_onednn
-def test_a_step_really_takes_it():
+def test_a_step_really_takes_it(onednn):
     operators = called(lambda: run_model(classifier(0.1), batch())[0].sum().backward())
     assert {"mkldnn::_linear_pointwise", "_Dropout", "_Attention"} <= operators
     assert not operators & {"aten::bernoulli_", "aten::native_dropout", "aten::addmm"}
