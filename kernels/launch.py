@@ -159,13 +159,25 @@ def broken_triton() -> str | None:
     return None
 
 
+@functools.cache
+def _too_old_triton() -> str | None:
+    """Triton 3.6's compiler fails on the chain of gates for AMD's GPUs."""
+    import triton
+
+    if torch.version.hip is None or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return None
+    return f"triton {triton.__version__} cannot compile the kernels for AMD's GPUs; 3.7 can"
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """None where Triton kernels run on ``device``, otherwise the reason they do not."""
     if not (_HAD_TRITON if torch.compiler.is_compiling() else _has_triton()):
         return "triton is not installed"
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    return None if torch.compiler.is_compiling() else broken_triton()  # torch.compile traces no import
+    if torch.compiler.is_compiling():  # which traces no import
+        return None
+    return broken_triton() or (None if interpreted() else _too_old_triton())
 
 
 def torch_block_rows(state: Tensor) -> int | None:

@@ -365,6 +365,21 @@ def test_whatever_importing_triton_raises_is_the_reason(monkeypatch, error):
         launch.broken_triton.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("hip", "version", "is_told"), [("6.4", "3.6.1+rocm", True), ("6.4", "3.10.0", False), (None, "3.6.0", False)]
+)
+def test_amds_gpus_take_a_triton_that_compiles_the_kernels(monkeypatch, hip, version, is_told):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr("triton.__version__", version)
+    launch._too_old_triton.cache_clear()
+    try:
+        reason = launch.why_not_triton(torch.device("cuda", 0))
+        assert reason == (f"triton {version} cannot compile the kernels for AMD's GPUs; 3.7 can" if is_told else None)
+    finally:
+        launch._too_old_triton.cache_clear()
+
+
 def test_with_cuda_hidden(tmp_path):
     out = run_python(USE, folder=tmp_path, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0").splitlines()
     reason = "the tensors are on cpu, and TRITON_INTERPRET=1 is not set"
