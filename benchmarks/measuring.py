@@ -223,13 +223,16 @@ class Roofs:
 
 
 def measure_roofs() -> Roofs:
-    """Copy bandwidth, counting bytes read and written, and rate of matrix products; best of several."""
+    """Copy bandwidth, counting bytes read and written, and rate of matrix products in each type that is timed; best of
+    several."""
     on_gpu = DEVICE.type == "cuda"
     source = torch.ones(2**28 if on_gpu else 2**26, device=DEVICE)  # 1 GiB or 256 MiB: past every cache
     target = torch.empty_like(source)
     copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(6))
     size, rates = 8192 if on_gpu else 1536, {}
     for name, dtype in DTYPES.items():
+        if why_not_timed(name):
+            continue
         a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
         ways = [lambda a=a, b=b: a @ b]
         if (linear := onednn_linear(a)) is not None:  # faster than MKL on some processors

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 from baselines import published_gates, published_objective
-from measuring import DTYPES, Roofs, measure_roofs, pin_threads
+from measuring import DTYPES, Roofs, measure_roofs, pin_threads, why_not_timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -246,14 +246,17 @@ def table(found: list[dict], kind: str) -> str:
 def main(write: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", choices=SHEETS, help="take a data sheet's roofs")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where there are products of it")
     for name, default in (("tokens", 4096), ("hidden-size", 768), ("layers", 12)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     pin_threads()
     roofs = SHEETS[options.gpu].roofs if options.gpu else measure_roofs()
+    dtype = options.dtype or next(name for name in ("bfloat16", "float32") if name in roofs.flop_per_second)
+    if dtype not in roofs.flop_per_second:
+        parser.error(f"--dtype {dtype}: {why_not_timed(dtype)}")
     kind = f"predicted for {SHEETS[options.gpu].name}" if options.gpu else "of the measured roofs"
-    found = rows(roofs, options.dtype, options.tokens, options.hidden_size, options.layers)
+    found = rows(roofs, dtype, options.tokens, options.hidden_size, options.layers)
     write(table(found, kind))
 
 

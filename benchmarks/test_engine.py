@@ -28,7 +28,7 @@ OPTIONS = {
     GRAPHS: {"option": GRAPHS},
 }
 BASELINE = next(iter(OPTIONS))
-NUM_STEPS = 5
+NUM_STEPS = 5 if ON_GPU else 2
 SIZE = SIZES["base" if ON_GPU else "minilm"]
 
 

@@ -147,8 +147,9 @@ def test_types_that_the_processor_does_not_multiply_are_not_timed(monkeypatch, e
 
 def test_roofs_are_measured_without_onednn(monkeypatch):
     monkeypatch.setattr(measuring, "onednn_linear", lambda operand: None)
-    rates = measuring.measure_roofs().flop_per_second
-    assert rates.keys() == measuring.DTYPES.keys() and min(rates.values()) > 0
+    monkeypatch.setattr(measuring, "emulates", lambda dtype: True)
+    (rate,) = measuring.measure_roofs().flop_per_second.values()  # float32's
+    assert rate > 0
 
 
 def test_replace_between_markers(tmp_path):
