@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -489,12 +489,13 @@ def examples_error(content: dict, task: str, ours: str, theirs: str) -> float | 
     if task not in content.get("labels", {}) or not all("predictions" in run for run in runs):
         return None
     labels, metric = from_text(content["labels"][task]), content["plan"]["tasks"][task]["metric"]
+    alone = replace(get_task(task), metrics=(metric,))
     predictions = {way: [from_text(r["predictions"]) for r in runs if r["model"] == way] for way in (ours, theirs)}
     random, differences = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         drawn = random.integers(0, len(labels), len(labels))
         a, b = (
-            statistics.fmean(compute_metrics(task, p[drawn], labels[drawn])[metric] for p in predictions[way])
+            statistics.fmean(compute_metrics(alone, p[drawn], labels[drawn])[metric] for p in predictions[way])
             for way in (ours, theirs)
         )
         differences.append(100 * (a - b))

@@ -65,15 +65,16 @@ def settings(output_dir, kind=DistillConfig, **options):
     return kind(**common | own | options)
 
 
-def train(output_dir, *, kind=DistillConfig, hook=None, **options):
-    """A whole run: 13 batches an epoch, dropout, gates, a teacher cache, an evaluation an epoch."""
+def train(output_dir, *, kind=DistillConfig, hook=None, layers=2, **options):
+    """A whole run: 13 batches an epoch, dropout, gates, a teacher cache, an evaluation an epoch; a student of that many
+    layers."""
     data = {"train": split(50), "evaluation": {"validation": split(20, seed=1, name="validation")}}
     if kind is FinetuneConfig:
         model = bert()
         if hook is not None:
             model.base_model.register_forward_pre_hook(hook)
         return finetune(settings(output_dir, kind, **options), **data, model=model)
-    student = bert(2, seed=1)
+    student = bert(layers, seed=1)
     if hook is not None:
         student.base_model.register_forward_pre_hook(hook)  # packed batches go there
     return distill(settings(output_dir, **options), **data, teacher=bert(), student=student)
@@ -172,7 +173,7 @@ def test_one_example_to_train_on_and_one_to_score(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_compiled_encoders(tmp_path, undisturbed, monkeypatch):
     # One length and no teacher, which has nothing to go on from: fewer graphs to compile.
-    options = {"compile": True, "epochs": 2, "method": "none", "padding": "max_length"}
+    options = {"compile": True, "epochs": 2, "method": "none", "padding": "max_length", "layers": 1}
     tensors, log, results = undisturbed(**options)
     add = training._Log.add
     with monkeypatch.context() as patch:  # a hook would be compiled too, again at each call

@@ -52,7 +52,7 @@ def test_aggregation(case, seed, backend):
     cases(3, 20, 40), SEEDS, st.sampled_from(("triton", "cublas", "persistent")),
     st.sampled_from(("triton", "persistent")), st.integers(1, 16),
 )  # fmt: skip
-@example(200)
+@example(100)
 def test_losses_in_any_form(case, seed, forward, backward, multiprocessors):
     """Also where fewer programs than tiles run at once, so that forms give way to others or take turns."""
     inputs = case.build(torch.float32, seed)
