@@ -415,14 +415,6 @@ def test_a_study_that_only_tunes_has_no_table_yet():
     assert study.table(content) == "Begun: 2 runs of tuning on RTE; no score on a validation split yet."
 
 
-def test_large_caches_are_known_before_they_are_made():
-    data, teacher = split("train", 10, 0), bert()
-    settings = {"method": "attention", "padding": "longest"}
-    assert study.cache_bytes(data, teacher, settings) == 2 * len(data.input_ids) * 16 * 4
-    assert study.cache_bytes(data, teacher, settings | {"padding": "max_length"}) == 2 * 10 * study.MAX_LENGTH * 16 * 4
-    assert study.cache_bytes(data, teacher, settings | {"method": "logits"}) == 0
-
-
 def test_latency_is_kept_beside_the_runs(small, tmp_path):
     made = small()
     result = tmp_path / "study.json"
