@@ -4,7 +4,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,7 +91,7 @@ class Timing(NamedTuple):
     """Share of the processors that others took meanwhile."""
 
 
-def in_turn(steps: Mapping[str, Callable[[], object]], rounds: int | None = None) -> dict[str, Timing]:
+def in_turn(steps: Mapping[Hashable, Callable[[], object]], rounds: int | None = None) -> dict[Hashable, Timing]:
     """Time steps side by side, a round of each and then the next of each: a machine that others use too is not as fast
     now as it was a minute ago, and so it is as fast for all.
 

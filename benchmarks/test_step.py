@@ -3,7 +3,8 @@
 All start from the same weights and see the same examples. ``padded`` gives each the same work, 32 examples padded to
 128 tokens with padding counted as published; the epochs take each contestant's own padding: the published loop pads to
 128, the others to the longest of 32 examples of like length (the library's packs them on a GPU). A case's contestants
-have to give the right losses and gradients; then they are timed in turn. The times of an epoch are a step's, the mean
+have to give the right losses and gradients; then they are timed in turn, and on a CPU those of all cases at once, where
+the published loop, which does the same in each, then takes its turn once. The times of an epoch are a step's, the mean
 over the sampled batches.
 """
 
@@ -97,6 +98,22 @@ def warm_up_passes(name: str) -> int:
     return 4 if name.endswith(GRAPHS) else 1  # a graph is captured when its shape comes the third time
 
 
+class Case(NamedTuple):
+    """What the contestants are compared on."""
+
+    task: str
+    padding: str
+    """Of all but the published loop, which pads to 128."""
+    num_batches: int
+
+
+def case_of(params: dict, full: bool) -> Case:
+    """Of a test's parameters."""
+    if "task" not in params:
+        return Case(TASKS[0], "max_length", 1)
+    return Case(params["task"], "longest", 40 if full else SAMPLED_BATCHES[params["task"]])
+
+
 class Entry(NamedTuple):
     """A contestant that was timed."""
 
@@ -105,41 +122,54 @@ class Entry(NamedTuple):
     timing: Timing
 
 
+@pytest.fixture
+def entries(request, full: bool) -> tuple[tuple[Case, str], ...]:
+    """Cases and names of the contestants that this session times in turn with the test's."""
+    node = request.node
+    items = [item for item in request.session.items if item.path == node.path and hasattr(item, "callspec")]
+    found = [(case_of(params, full), params["name"]) for params in (item.callspec.params for item in items)
+             if params["size"] == node.callspec.params["size"]]  # fmt: skip
+    # A GPU is as fast from one minute to the next, and larger models of all cases may not fit at once.
+    alone = case_of(node.callspec.params, full) if ON_GPU or full else None
+    return tuple((case, name) for case, name in found if alone in (None, case) and not why_not(case.task, name, full))
+
+
 @functools.lru_cache(maxsize=1)
-def race(size: Size, task: str, padding: str, num_batches: int, names: tuple[str, ...]) -> dict[str, Entry]:
-    """A case's contestants, checked and then timed in turn, on a sample of a task's batches."""
-    sampled, _ = sample(load(task), num_batches)
-    last = sampled.rows(sampled.tokens.ids[-BATCH_SIZE:])
-    runners, examples = {}, {}
-    for name in names:
-        check_contestant(name, size, padding, mask_padding=padding == "longest")
-        # The published loop pads to 128 whatever the batch, so that one batch tells its time.
-        examples[name] = last if name == PUBLISHED else sampled
-        runners[name] = make(name, size, examples[name], padding, mask_padding=padding == "longest")
+def race(size: Size, entries: tuple[tuple[Case, str], ...]) -> dict[tuple[Case, str], Entry]:
+    """Contestants, checked and then timed in turn, each on a sample of its case's batches."""
+    runners, examples, same = {}, {}, {}
+    for entry in entries:
+        case, name = entry
+        sampled, _ = sample(load(case.task), case.num_batches)
+        last = sampled.rows(sampled.tokens.ids[-BATCH_SIZE:])
+        # The published loop pads to 128 whatever the batch, so that one batch tells its time, and that of every case.
+        examples[entry] = last if name == PUBLISHED else sampled
+        same[entry] = next((other for other in runners if name == PUBLISHED == other[1]), entry)
+        if same[entry] != entry:
+            continue
+        ignores_padding = case.padding == "longest"
+        check_contestant(name, size, case.padding, mask_padding=ignores_padding)
+        runners[entry] = make(name, size, examples[entry], case.padding, mask_padding=ignores_padding)
         for _ in range(warm_up_passes(name)):
-            runners[name].run(sampled if name.endswith(CACHED) or ON_GPU else last)
+            runners[entry].run(sampled if name.endswith(CACHED) or ON_GPU else last)
     timings = in_turn(
-        {name: partial(runners[name].run, examples[name]) for name in names},
-        rounds=20 if ON_GPU and padding == "max_length" else 5,
+        {entry: partial(runner.run, examples[entry]) for entry, runner in runners.items()},
+        rounds=20 if ON_GPU and entries[0][0].padding == "max_length" else 5,
     )
-    return {name: Entry(runners[name], examples[name], timings[name]) for name in names}
+    return {entry: Entry(runners[other], examples[entry], timings[other]) for entry, other in same.items()}
 
 
-def run(
-    measure, roofs, rivals: tuple[str, ...], full: bool, size: Size, task: str, padding: str, num_batches: int,
-    name: str, **about,
-) -> dict:  # fmt: skip
+def run(measure, roofs, entries, full: bool, size: Size, case: Case, name: str, about: dict) -> dict:
     """Time a contestant and record its row; ``about`` are arguments of ``measure``."""
-    if reason := why_not(task, name, full):
+    if reason := why_not(case.task, name, full):
         pytest.skip(reason)
-    names = tuple(other for other in rivals if why_not(task, other, full) is None)
-    entry = race(size, task, padding, num_batches, names)[name]
+    entry = race(size, entries)[case, name]
     steps = len(entry.examples.tokens) // BATCH_SIZE
     row = measure(
         partial(entry.runner.run, entry.examples), timing=entry.timing, contestant=name, dtype=name.split(", ")[1],
         baseline=PUBLISHED, parts=steps, sampled_batches=steps, **about,
     )  # fmt: skip
-    lengths = [MAX_LENGTH] * BATCH_SIZE if padding == "max_length" else entry.examples.tokens.lengths
+    lengths = [MAX_LENGTH] * BATCH_SIZE if case.padding == "max_length" else entry.examples.tokens.lengths
     flops = step_flops(size, lengths, not name.endswith(CACHED))
     add_utilisation(row, roofs, flops / steps, row.get("median_s"))
     if name.startswith("ours") and not name.endswith(GRAPHS):
@@ -148,21 +178,19 @@ def run(
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if not name.endswith(CACHED)])
-def test_padded(measure, roofs, rivals, full, size, name):
-    case = f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}"
-    run(measure, roofs, rivals, full, size, TASKS[0], "max_length", 1, name, table="step", case=case, profiled=ON_GPU)
+def test_padded(measure, roofs, entries, full, size, name):
+    about = {"table": "step", "case": f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}", "profiled": ON_GPU}
+    run(measure, roofs, entries, full, size, case_of({}, full), name, about)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_epoch(measure, roofs, rivals, full, size, task, name):
-    whole, num_batches = load(task), 40 if full else SAMPLED_BATCHES[task]
-    epoch_steps = sample(whole, num_batches)[1]
-    row = run(
-        measure, roofs, rivals, full, size, task, "longest", num_batches, name, table="epoch",
-        case=f"{task}, {describe(size)}", profiled=False, texts="real" if whole.is_real else "made up",
-        epoch_steps=epoch_steps,
-    )  # fmt: skip
+def test_epoch(measure, roofs, entries, full, size, task, name):
+    whole, case = load(task), case_of({"task": task}, full)
+    epoch_steps = sample(whole, case.num_batches)[1]
+    about = {"table": "epoch", "case": f"{task}, {describe(size)}", "profiled": False, "epoch_steps": epoch_steps}
+    about["texts"] = "real" if whole.is_real else "made up"
+    row = run(measure, roofs, entries, full, size, case, name, about)
     if "median_s" in row:
         row["epoch_seconds_scaled_from_sample_total"] = row["median_s"] * epoch_steps
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from lad_fast.cpu import lay_out_
+from lad_fast.cpu import RowGradients, lay_out_
 from lad_fast.data import num_tokens
 from lad_fast.distributed import ALONE, World
 from lad_fast.gates import GateStack
@@ -171,6 +171,7 @@ class DistillStep:
         self.optimizer = make_adamw(groups, learning_rate, optimizer)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
         self.graphs = StepGraphs(self._run, self._zero_grad, student.device) if cuda_graphs else None
+        self.row_gradients = RowGradients(student)
         self.grad_norms: dict[str, Tensor] = {}
         self.world = world
         self._forward: DistributedDataParallel | None = None
@@ -203,7 +204,7 @@ class DistillStep:
                 totals[name] = totals.get(name, 0) + value * share
         totals = self._summed(totals)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norms = {"student": nn.utils.clip_grad_norm_(self.student_parameters, self.max_grad_norm)}
+        self.grad_norms = {"student": self.row_gradients.clip_(self.student_parameters, self.max_grad_norm)}
         if self.gates is not None:
             self.grad_norms["gates"] = clip_each_gate_(self.gates, self.max_grad_norm)
         if self.holds:
@@ -309,7 +310,8 @@ class DistillStep:
         Of several processes each gets its terms of the losses; gradients meet in the last of a step's backwards.
         """
         if self.world.size == 1:
-            losses, teacher = self._losses(batch)
+            with self.row_gradients.recorded():
+                losses, teacher = self._losses(batch)
             self.scaler.scale(losses["loss"] * share).backward()
         else:
             if self._forward is None:

@@ -15,6 +15,7 @@ from lad_fast import cpu
 from lad_fast.cpu import FasterOnCPU, emulates, faster_forward
 from lad_fast.kernels import launch
 from lad_fast.models import run_model
+from lad_fast.step import DistillStep
 
 
 def called(function) -> set[str]:
@@ -368,6 +369,80 @@ def test_checkpointed_gradients_are_those_of_the_forwards_dropout():
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, ours in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def labelled(*shapes: tuple[int, int]) -> list[dict]:
+    """Batches of tokens that come more than once, padding among them, and not the same in each."""
+    numbers = torch.Generator().manual_seed(0)
+    batches = []
+    for size, length in shapes:
+        mask = (torch.arange(length) < torch.randint(1, length + 1, (size, 1), generator=numbers)).long()
+        ids = torch.randint(4, 50, (size, length), generator=numbers) * mask  # 0 is padding's
+        labels = torch.randint(2, (size,), generator=numbers)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+@pytest.mark.parametrize("max_grad_norm", (0.01, 1e6), ids=("clipped", "not clipped"))
+@pytest.mark.parametrize("precision", ("float32", "float16"))
+def test_steps_with_gradients_by_rows_are_those_with_dense_ones(precision, max_grad_norm, monkeypatch):
+    """Over steps that touch other rows each, that accumulate, and after one that came to nothing."""
+    settings = {"learning_rate": 1e-2, "total_steps": 100, "warmup_steps": 0, "max_grad_norm": max_grad_norm}
+    first, *rest = labelled((3, 5), (2, 9), (4, 3), (1, 7))
+    results = []
+    for least in (cpu.LARGE_EMBEDDING, 1):
+        monkeypatch.setattr(cpu, "LARGE_EMBEDDING", least)
+        model = classifier(0.0)
+        step = DistillStep(model, **settings, precision=precision)
+        norms = []
+        for batches in ([first], rest[:2], rest[2:], [first]):
+            step(*batches)
+            norms.append(step.grad_norms["student"])
+        # A key's bias changes no softmax: its gradient is rounding, which AdamW makes a whole step of.
+        weights = {name: p.detach() for name, p in model.named_parameters() if not name.endswith("key.bias")}
+        results.append((norms, weights))
+        has_rows = [parameter is model.bert.embeddings.word_embeddings.weight for parameter in step.row_gradients._rows]
+        assert has_rows.count(True) == (least == 1)
+    # Other orders of sums in float32, and AdamW's first step is as large for the smallest gradient as for the largest.
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_by_rows_are_dense_when_they_are_clipped(monkeypatch):
+    """Zero in rows of earlier steps and of padding; and no step's numbers outlive a next one."""
+    monkeypatch.setattr(cpu, "LARGE_EMBEDDING", 1)
+    model = classifier(0.0)
+    rows, weight = cpu.RowGradients(model), model.bert.embeddings.word_embeddings.weight
+    for one in labelled((3, 5), (2, 9), (1, 3)):
+        with rows.recorded():
+            loss = model(**one).loss
+        (expected,) = torch.autograd.grad(model(**one).loss, weight)
+        (loss * math.nan).backward()
+        rows.clip_([weight], 1.0)
+        assert weight.grad.isnan().any()
+        model.zero_grad()
+        with rows.recorded():
+            loss = model(**one).loss
+        loss.backward()
+        assert weight.grad.is_sparse
+        norm = rows.clip_([weight], 1e6)
+        assert not weight.grad.is_sparse
+        torch.testing.assert_close(weight.grad, expected)
+        torch.testing.assert_close(norm, expected.norm())
+        assert set(weight.grad.any(dim=1).nonzero().flatten().tolist()) == set(one["input_ids"].unique().tolist()) - {0}
+        model.zero_grad()
+
+
+def test_gradients_by_rows_are_for_a_model_that_runs_as_it_is(monkeypatch):
+    monkeypatch.setattr(cpu, "LARGE_EMBEDDING", 1)
+    model, (one,) = classifier(0.0), labelled((3, 5))
+    rows = cpu.RowGradients(model)
+    model.bert.encoder.compile(backend="eager")
+    with rows.recorded():
+        model(**one).loss.backward()
+    assert not model.bert.embeddings.word_embeddings.weight.grad.is_sparse
+    with pytest.raises(RuntimeError, match="stopped"), rows.recorded():
+        raise RuntimeError("stopped")
+    assert not any(module.sparse for module in model.modules() if isinstance(module, torch.nn.Embedding))
 
 
 class Marked(torch.Tensor):
