@@ -81,7 +81,8 @@ class RowGradients:
         self._embeddings = [
             module
             for module in model.modules()
-            if type(module) is nn.Embedding and not module.sparse and module.weight.numel() >= LARGE_EMBEDDING
+            if type(module) is nn.Embedding and module.weight.numel() >= LARGE_EMBEDDING
+            if not (module.sparse or module.scale_grad_by_freq)  # which PyTorch does not do by rows
         ]
         self._dense: dict[nn.Parameter, Tensor] = {}
         """Gradients that are zero but for the rows below."""

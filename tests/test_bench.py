@@ -12,8 +12,9 @@ from pathlib import Path
 import bench_record
 import measuring
 import pytest
+import test_step
 import torch
-from contestants import CACHED, CONTESTANTS, GRAPHS, check_contestant, check_outcome, ours
+from contestants import CACHED, CONTESTANTS, GRAPHS, PUBLISHED, Runner, check_contestant, check_outcome, ours
 from measuring import OtherJobs, kept_bytes
 from objectives import OPERATIONS, Contestant, Shape, check, contestants, problem, right
 from roofline import gate_flops
@@ -104,6 +105,30 @@ def test_contestants_take_turns_so_that_a_machine_that_slows_down_is_fair(monkey
     assert order == ["fast", "slow"] * 5
     fast, slow = (statistics.median(timings[name].seconds) for name in ("fast", "slow"))
     assert slow / fast == pytest.approx(2 * 1.1)
+
+
+def test_the_published_loop_takes_its_turn_once_for_all_cases(monkeypatch):
+    """What it does is the same in each; the others run each case's batches, five rounds of each in turn."""
+    mine = "ours, float32"
+    padded, sst2 = (test_step.case_of(params, full=False) for params in ({}, {"task": "sst2"}))
+    entries = tuple((case, name) for case in (padded, sst2) for name in (PUBLISHED, mine))
+    ran = []
+
+    def runner(name, size, examples, padding, mask_padding):
+        return Runner(lambda given: ran.append((name, padding, given)), step=None, padding=padding)
+
+    monkeypatch.setattr(test_step, "ON_GPU", False)
+    monkeypatch.setattr(test_step, "load", lambda task: made_up(400))
+    monkeypatch.setattr(test_step, "make", runner)
+    monkeypatch.setattr(test_step, "check_contestant", lambda *args, **kwargs: None)
+    timed = test_step.race(None, entries)
+    assert list(timed) == list(entries)
+    assert timed[padded, PUBLISHED].timing is timed[sst2, PUBLISHED].timing
+    assert [len(timed[entry].examples.tokens) // BATCH_SIZE for entry in entries] == [1, 1, 1, sst2.num_batches]
+    warm, rounds = ran[:2], ran[2:]
+    assert [(name, padding) for name, padding, _ in warm] == [(mine, "max_length"), (mine, "longest")]
+    turn = [(PUBLISHED, "max_length", 1), (mine, "max_length", 1), (mine, "longest", sst2.num_batches)]
+    assert [(name, padding, len(given.tokens) // BATCH_SIZE) for name, padding, given in rounds] == 5 * turn
 
 
 def test_the_page_has_a_section_a_file_and_readme_says_where_no_gpu_was_measured(tmp_path):
