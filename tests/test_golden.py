@@ -27,6 +27,7 @@ WHOLE_TILES = replace(
     gate=TileLaunch(64, 32, 1), multiprocessors=1,
 )  # fmt: skip
 BACKENDS = ("reference", "torch", pytest.param("triton", marks=pytest.mark.slow))
+INTERPRETED_STEPS = 8  # of the second and third file: what the interpreter would take a minute each for, others replay
 
 
 def make_step(golden, backend):
@@ -64,14 +65,20 @@ def test_gradients_of_the_first_step(golden, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_of_every_step_and_final_weights(golden, backend):
-    step = make_step(golden, backend)
+    step, num_steps = make_step(golden, backend), golden.meta["steps"]
+    if backend == "triton" and launch.interpreted() and golden.name != FILES[0]:
+        num_steps = INTERPRETED_STEPS
     with launch.forced(WHOLE_TILES) if launch.interpreted() else nullcontext():
-        losses = [step(golden.batch(n)) for n in range(golden.meta["steps"])]
+        losses = [step(golden.batch(n)) for n in range(num_steps)]
 
     logits = torch.stack([loss["logits_loss"] for loss in losses]).cpu()
     hidden = torch.stack([loss["hidden_losses"] for loss in losses]).cpu()
-    logits_error = np.abs(logits.numpy() / golden.arrays["logits_loss"] - 1).max()
-    hidden_error = np.abs(hidden.numpy() / golden.arrays["hidden_loss"] - 1).max()
+    logits_error = np.abs(logits.numpy() / golden.arrays["logits_loss"][:num_steps] - 1).max()
+    hidden_error = np.abs(hidden.numpy() / golden.arrays["hidden_loss"][:num_steps] - 1).max()
+    assert logits_error < 1e-4
+    assert hidden_error < 1e-4
+    if num_steps < golden.meta["steps"]:
+        return
 
     final = dict(step.student.named_parameters())
     errors = {
@@ -85,6 +92,4 @@ def test_losses_of_every_step_and_final_weights(golden, backend):
         f"{backend}: logits {logits_error:.1e}, hidden {hidden_error:.1e},",
         *(f"{n} {errors[n]:.1e}" for n in top),
     )
-    assert logits_error < 1e-4
-    assert hidden_error < 1e-4
     assert errors[top[-1]] < 1e-3, top[-1]

@@ -24,6 +24,7 @@ class Golden:
     def __init__(self, path):
         with np.load(path) as file:
             self.arrays = {name: file[name] for name in file.files}
+        self.name = path.stem
         self.meta = json.loads(self.arrays["meta_json"].tobytes())
 
     def tensors(self, prefix):
