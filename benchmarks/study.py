@@ -316,8 +316,8 @@ class Study:
         data = self.data[job.task]
         train, scored = data.parts() if job.phase == "tune" else (data.train, data.validation)
         options = {name: value for name, value in settings.items() if name != "examples"}
-        options |= {"task": job.task, "num_threads": self.threads, "progress": False}
-        options["precision"] = PLANS[job.task].precision
+        precision = PLANS[job.task].precision
+        options |= {"task": job.task, "num_threads": self.threads, "precision": precision, "progress": False}
         others, start = OtherJobs(), time.perf_counter()
         folder = self._teacher_folder(job) if job.model == TEACHER else self.work / "running" / job.key
         splits = {"task": data.task, "train": train, "evaluation": {}, "tokenizer": data.tokenizer}

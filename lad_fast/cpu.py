@@ -33,7 +33,7 @@ __all__ = [
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
 BYTES = 1 << 8
 SCORES_AT_ONCE = 1 << 21  # bytes: fewer calls, and a few such tensors still fit into the cache
-LARGE_EMBEDDING = 1 << 20  # elements
+LARGE_EMBEDDING = 1 << 20  # elements: positions and token types are smaller, and a batch touches most of theirs
 
 
 class FasterOnCPU(TorchFunctionMode):

@@ -386,7 +386,7 @@ def labelled(*shapes: tuple[int, int]) -> list[dict]:
 @pytest.mark.parametrize("max_grad_norm", (0.01, 1e6), ids=("clipped", "not clipped"))
 @pytest.mark.parametrize("precision", ("float32", "float16"))
 def test_steps_with_gradients_by_rows_are_those_with_dense_ones(precision, max_grad_norm, monkeypatch):
-    """Over steps that touch other rows each, that accumulate, and after one that came to nothing."""
+    """Over steps that touch other rows each, one of which accumulates two batches."""
     settings = {"learning_rate": 1e-2, "total_steps": 100, "warmup_steps": 0, "max_grad_norm": max_grad_norm}
     first, *rest = labelled((3, 5), (2, 9), (4, 3), (1, 7))
     results = []
@@ -408,7 +408,7 @@ def test_steps_with_gradients_by_rows_are_those_with_dense_ones(precision, max_g
 
 
 def test_gradients_by_rows_are_dense_when_they_are_clipped(monkeypatch):
-    """Zero in rows of earlier steps and of padding; and no step's numbers outlive a next one."""
+    """Zero in rows of earlier steps and of padding, also after a step whose gradients were not finite."""
     monkeypatch.setattr(cpu, "LARGE_EMBEDDING", 1)
     model = classifier(0.0)
     rows, weight = cpu.RowGradients(model), model.bert.embeddings.word_embeddings.weight
