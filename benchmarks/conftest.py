@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads are the step's
 
 import bench_record
-from measuring import DEVICE, Roofs, Timing, in_turn, kernel_launches, measure_roofs, peak_bytes, pin_threads
+from measuring import DEVICE, Timing, in_turn, kernel_launches, peak_bytes, pin_threads
 
 from lad_fast.cpu import keep_freed_memory
 from lad_fast.report import format_table
@@ -75,11 +75,6 @@ def full(pytestconfig: pytest.Config) -> bool:
     return pytestconfig.getoption("full")
 
 
-@pytest.fixture(scope="session")
-def roofs() -> Roofs:
-    return measure_roofs()
-
-
 @pytest.fixture
 def rivals(request) -> tuple[str, ...]:
     """Names of the contestants that this session times in the test's case, in order: of tests that differ from it in
@@ -93,7 +88,7 @@ def rivals(request) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def measure(benchmark, pytestconfig, roofs):
+def measure(benchmark, pytestconfig):
     """A function that times a step and records a row: in the JSON's extra_info, and in the table at the end."""
 
     def run(
@@ -132,9 +127,10 @@ def measure(benchmark, pytestconfig, roofs):
             if flops is not None and moved is not None:
                 row |= {"flops": flops, "moved_bytes": moved}
                 row |= {"tflop_per_s": flops / median / 1e12, "gb_per_s": moved / median / 1e9}
-                row["roof_share"] = roofs.floor_seconds(dtype, flops, moved) / median
+                row["roof_share"] = timing.roofs.floor_seconds(dtype, flops, moved) / median
         row |= {"peak_bytes": peak_bytes(step), "launches": kernel_launches(step)} if profiled else {}
         benchmark.extra_info.update(row)
+        roofs = timing.roofs
         benchmark.extra_info["roofs"] = {"bytes_per_second": roofs.bytes_per_second, **roofs.flop_per_second}
         if "median_s" in row:
             pytestconfig.stash[ROWS].append(benchmark.extra_info)  # the caller may add to it

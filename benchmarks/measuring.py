@@ -82,6 +82,55 @@ def plan_rounds(function: Callable[[], object], least_seconds: float = 0.02) -> 
     return max(1, min(100, round(least_seconds / seconds))), 3 if seconds > 1.5 else 5
 
 
+@dataclass
+class Roofs:
+    """What the machine reaches: bytes a second of a large copy, FLOP a second of a large product by dtype."""
+
+    bytes_per_second: float
+    flop_per_second: dict[str, float]
+
+    def floor_seconds(self, dtype: str, flops: float, num_bytes: float) -> float:
+        """The least time in which these products and this traffic can be had."""
+        return max(flops / self.flop_per_second[dtype], num_bytes / self.bytes_per_second)
+
+
+class RoofMeter:
+    """Copy bandwidth, counting bytes read and written, and rate of matrix products in each type that is timed."""
+
+    def __init__(self) -> None:
+        self.roofs = Roofs(0.0, {})
+        """The best of the turns taken."""
+        on_gpu = DEVICE.type == "cuda"
+        source = torch.ones(2**28 if on_gpu else 2**26, device=DEVICE)  # 1 GiB or 256 MiB: past every cache
+        self._source, self._target = source, torch.empty_like(source)
+        self._size, self._products = 8192 if on_gpu else 1536, {}
+        for name, dtype in DTYPES.items():
+            if why_not_timed(name):
+                continue
+            a, b = (torch.randn(self._size, self._size, device=DEVICE).to(dtype) for _ in range(2))
+            ways = [lambda a=a, b=b: a @ b]
+            if (linear := onednn_linear(a)) is not None:  # faster than MKL on some processors
+                ways.append(lambda a=a, b=b, linear=linear: linear(a, b, None, "none", [], ""))
+            self._products[name] = ways
+
+    def take_turn(self) -> None:
+        """One copy and one product of each way and type."""
+        reached = 2 * self._source.nbytes / seconds_of(lambda: self._target.copy_(self._source))
+        self.roofs.bytes_per_second = max(self.roofs.bytes_per_second, reached)
+        rates = self.roofs.flop_per_second
+        for name, ways in self._products.items():
+            reached = 2 * self._size**3 / min(map(seconds_of, ways))
+            rates[name] = max(rates.get(name, 0.0), reached)
+
+
+def measure_roofs() -> Roofs:
+    """The best of six turns."""
+    meter = RoofMeter()
+    for _ in range(6):
+        meter.take_turn()
+    return meter.roofs
+
+
 class Timing(NamedTuple):
     """Of one step among those that took turns."""
 
@@ -89,25 +138,28 @@ class Timing(NamedTuple):
     """Of a call; one number a round."""
     other_jobs: float | None
     """Share of the processors that others took meanwhile."""
+    roofs: Roofs
+    """What the machine reached meanwhile; the best round of each."""
 
 
 def in_turn(steps: Mapping[Hashable, Callable[[], object]], rounds: int | None = None) -> dict[Hashable, Timing]:
     """Time steps side by side, a round of each and then the next of each: a machine that others use too is not as fast
-    now as it was a minute ago, and so it is as fast for all.
+    now as it was a minute ago, and so it is as fast for all. The roofs take their turns with them.
 
     Args:
         steps: what to time, by name.
         rounds: of one call, for steps that are warm; None warms them up and asks :func:`plan_rounds`.
     """
     plans = {name: plan_rounds(step) if rounds is None else (1, rounds) for name, step in steps.items()}
-    seconds, others = {name: [] for name in steps}, OtherJobs()
+    seconds, meter, others = {name: [] for name in steps}, RoofMeter(), OtherJobs()
     for turn in range(max(number for _, number in plans.values())):
         for name, step in steps.items():
             calls, number = plans[name]
             if turn < number:
                 seconds[name].append(seconds_of(lambda: [step() for _ in range(calls)]) / calls)  # noqa: B023
+        meter.take_turn()
     share = others.share()
-    return {name: Timing(found, share) for name, found in seconds.items()}
+    return {name: Timing(found, share, meter.roofs) for name, found in seconds.items()}
 
 
 def rotating(functions: list[Callable[[], object]]) -> Callable[[], object]:
@@ -208,34 +260,3 @@ def available_bytes() -> int:
     if DEVICE.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@dataclass(frozen=True)
-class Roofs:
-    """What the machine reaches: bytes a second of a large copy, FLOP a second of a large product by dtype."""
-
-    bytes_per_second: float
-    flop_per_second: dict[str, float]
-
-    def floor_seconds(self, dtype: str, flops: float, num_bytes: float) -> float:
-        """The least time in which these products and this traffic can be had."""
-        return max(flops / self.flop_per_second[dtype], num_bytes / self.bytes_per_second)
-
-
-def measure_roofs() -> Roofs:
-    """Copy bandwidth, counting bytes read and written, and rate of matrix products in each type that is timed; best of
-    several."""
-    on_gpu = DEVICE.type == "cuda"
-    source = torch.ones(2**28 if on_gpu else 2**26, device=DEVICE)  # 1 GiB or 256 MiB: past every cache
-    target = torch.empty_like(source)
-    copy = min(seconds_of(lambda: target.copy_(source)) for _ in range(6))
-    size, rates = 8192 if on_gpu else 1536, {}
-    for name, dtype in DTYPES.items():
-        if why_not_timed(name):
-            continue
-        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-        ways = [lambda a=a, b=b: a @ b]
-        if (linear := onednn_linear(a)) is not None:  # faster than MKL on some processors
-            ways.append(lambda a=a, b=b, linear=linear: linear(a, b, None, "none", [], ""))
-        rates[name] = 2 * size**3 / min(seconds_of(way) for way in ways for _ in range(6))
-    return Roofs(2 * source.nbytes / copy, rates)

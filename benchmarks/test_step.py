@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from contestants import CACHED, CONTESTANTS, FASTEST, GRAPHS, ON_GPU, PUBLISHED, Runner, check_contestant, make
-from measuring import Timing, clock, in_turn, why_not_timed
+from measuring import Roofs, Timing, clock, in_turn, why_not_timed
 from roofline import step_flops
 from workloads import (
     BATCH_SIZE,
@@ -159,7 +159,7 @@ def race(size: Size, entries: tuple[tuple[Case, str], ...]) -> dict[tuple[Case, 
     return {entry: Entry(runners[other], examples[entry], timings[other]) for entry, other in same.items()}
 
 
-def run(measure, roofs, entries, full: bool, size: Size, case: Case, name: str, about: dict) -> dict:
+def run(measure, entries, full: bool, size: Size, case: Case, name: str, about: dict) -> dict:
     """Time a contestant and record its row; ``about`` are arguments of ``measure``."""
     if reason := why_not(case.task, name, full):
         pytest.skip(reason)
@@ -171,31 +171,31 @@ def run(measure, roofs, entries, full: bool, size: Size, case: Case, name: str, 
     )  # fmt: skip
     lengths = [MAX_LENGTH] * BATCH_SIZE if case.padding == "max_length" else entry.examples.tokens.lengths
     flops = step_flops(size, lengths, not name.endswith(CACHED))
-    add_utilisation(row, roofs, flops / steps, row.get("median_s"))
+    add_utilisation(row, entry.timing.roofs, flops / steps, row.get("median_s"))
     if name.startswith("ours") and not name.endswith(GRAPHS):
         row["phase_shares"] = phase_shares(entry.runner, entry.examples)
     return row
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if not name.endswith(CACHED)])
-def test_padded(measure, roofs, entries, full, size, name):
+def test_padded(measure, entries, full, size, name):
     about = {"table": "step", "case": f"B {BATCH_SIZE} x S {MAX_LENGTH} padded, {describe(size)}", "profiled": ON_GPU}
-    run(measure, roofs, entries, full, size, case_of({}, full), name, about)
+    run(measure, entries, full, size, case_of({}, full), name, about)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 @pytest.mark.parametrize("task", TASKS)
-def test_epoch(measure, roofs, entries, full, size, task, name):
+def test_epoch(measure, entries, full, size, task, name):
     whole, case = load(task), case_of({"task": task}, full)
     epoch_steps = sample(whole, case.num_batches)[1]
     about = {"table": "epoch", "case": f"{task}, {describe(size)}", "profiled": False, "epoch_steps": epoch_steps}
     about["texts"] = "real" if whole.is_real else "made up"
-    row = run(measure, roofs, entries, full, size, case, name, about)
+    row = run(measure, entries, full, size, case, name, about)
     if "median_s" in row:
         row["epoch_seconds_scaled_from_sample_total"] = row["median_s"] * epoch_steps
 
 
-def add_utilisation(row: dict, roofs, flops: float, seconds: float | None) -> None:
+def add_utilisation(row: dict, roofs: Roofs, flops: float, seconds: float | None) -> None:
     """What the step needs, over what the machine multiplies in the step's precision: real tokens, no recomputation."""
     if seconds is not None:
         row["model_flops"] = flops
