@@ -478,9 +478,13 @@ def cooperative(tile: GemmLaunch | None) -> dict[str, int]:
 _interpreter = threading.Lock()  # it keeps the grid and the running program in one place for all threads
 
 
+# Triton 3.10 is to round a product before it is added, unless asked not to; 3.9 warns at each kernel that does not ask.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Run ``kernel`` by keyword on the device of its tensors, whichever device is current."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard, _interpreter if interpreted() else nullcontext():
-        kernel[grid](**arguments)
+        kernel[grid](**arguments, **OPTIONS)

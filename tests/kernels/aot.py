@@ -107,7 +107,7 @@ def compile_launch(kernel, arguments: dict, architecture: str):
         get_current_target=lambda: ARCHITECTURES[architecture].target,
     )
     with mock.patch.object(jit, "driver", SimpleNamespace(active=gpu)):
-        return kernel.warmup(grid=(1,), **arguments)
+        return kernel.warmup(grid=(1,), **arguments, **launch.OPTIONS)
 
 
 def access(line: str) -> tuple[str, int] | None:

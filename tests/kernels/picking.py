@@ -29,6 +29,7 @@ if __name__ == "__main__":
     arguments |= {"BLOCK": 2048, "num_warps": 2, "launch_cooperative_grid": True}
     compiled = aot.compile_launch(picking, arguments, sys.argv[1])
     (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
-    metadata = {name: getattr(compiled.metadata, name) for name in ("launch_cooperative_grid", "num_warps")}
+    names = ("launch_cooperative_grid", "enable_fp_fusion", "num_warps")
+    metadata = {name: getattr(compiled.metadata, name) for name in names}
     figures = asdict(aot.inspect(compiled, sys.argv[1]))
     print(json.dumps({"parameters": parameters, **metadata, "figures": figures}))

@@ -75,12 +75,14 @@ def test_twelve_layers_hardly_spill(tmp_path):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_a_launch_compiles_as_it_would_run(architecture):
     """Tuples of pointers, one picked at run time and still read 16 bytes at once; sizes; the launch's options."""
-    found = json.loads(run_compiling(Path(__file__).with_name("picking.py"), architecture).stdout)
+    done = run_compiling(Path(__file__).with_name("picking.py"), architecture)
+    assert "Warning" not in done.stderr
+    found = json.loads(done.stdout)
     types = [part.split(": ")[1].split()[0] for part in found["parameters"].split("%")[1:]]
     assert types[:3] == types[3:4] * 3 and "tt.ptr<bf16>" in types[0]
     assert [name.rstrip(",)") for name in types[4:]] == ["i32", "i64", "i32", "i32"]  # ONE is an argument, no constant
     assert found["parameters"].count("tt.divisibility = 16") == 5  # the pointers and LARGE
-    assert found["launch_cooperative_grid"] and found["num_warps"] == 2
+    assert found["launch_cooperative_grid"] and found["enable_fp_fusion"] and found["num_warps"] == 2
     figures = found["figures"]
     assert set(figures["loads"]) == set(figures["stores"]) == {"16"}
     assert not figures["products"] and not figures["spilled_bytes"] and figures["registers"] > 0
