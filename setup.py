@@ -29,6 +29,7 @@ EXTRAS["test"] = [
     "hypothesis>=6.100",
     "packaging>=23",
     "pdoc>=16",
+    "peft>=0.15",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "setuptools>=77",

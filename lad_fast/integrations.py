@@ -49,7 +49,7 @@ class LADTrainer(Trainer):
     Columns that the teacher takes and the student does not, as a DistilBERT no ``token_type_ids``, are the teacher's.
 
     Args:
-        model: the student, a sequence classifier.
+        model: the student, a sequence classifier, as it is or under adapters of PEFT's; the teacher likewise.
         args: :class:`LADTrainingArguments`.
         teacher: a fine-tuned sequence classifier of the same classes; put on the training device, in eval mode.
         objective: :class:`~lad_fast.LADObjective` or another of :mod:`lad_fast.strategies` for both models; None makes
@@ -237,8 +237,13 @@ class LADTrainer(Trainer):
 
 
 def _inputs(model: nn.Module) -> set[str]:
-    """Names that a model's forward takes; torch.compile's wrapper, which takes anything, is looked behind."""
-    return set(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+    """Names that a model's forward takes; wrappers that hand on what they do not name, torch.compile's and PEFT's, are
+    looked behind.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):  # PEFT's
+        model = model.get_base_model()
+    return set(inspect.signature(model.forward).parameters)
 
 
 def _check_models(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

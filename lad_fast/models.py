@@ -159,7 +159,9 @@ def _check_folder(name_or_path, folder: Path) -> None:
         except ValueError as error:
             raise ValueError(f"model {name_or_path}: {str(error).removeprefix(f'{folder}/')}") from error
     if (folder / "adapter_config.json").exists():  # where peft is installed, it names another model to load
-        raise ValueError(f"model {name_or_path} has an adapter_config.json; it takes a whole model")
+        raise ValueError(
+            f"model {name_or_path} has an adapter_config.json; it takes a whole model, as PEFT's merge_and_unload makes"
+        )
     config = folder / "config.json"  # a folder may be a tokenizer's alone
     for name, value in _entries(name_or_path, config) if os.path.lexists(config) else ():
         where, key = f"model {name_or_path}: config.json: {name}", name.rpartition(".")[2]

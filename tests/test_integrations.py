@@ -241,6 +241,48 @@ def test_a_wrapper_that_names_no_inputs_gets_them_all():
     assert "input_ids" in integrations._inputs(torch.compile(bert(2, 1), backend="eager"))
 
 
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with fresh adapters by PEFT, which change no output; forward of such a model names no token types."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, r=4, target_modules=["query", "value"])
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("who", ("student", "teacher"))
+def test_models_with_adapters_get_token_types(tmp_path, who):
+    def run(wrap) -> LADTrainer:
+        student, teacher, data = bert(2, 1), bert(4, 0), Pairs(16)
+        student, teacher = (wrap(student), teacher) if who == "student" else (student, wrap(teacher))
+        return LADTrainer(student, arguments(tmp_path, max_steps=1), teacher=teacher, objective=objective(),
+                          train_dataset=data, eval_dataset=data)  # fmt: skip
+
+    plain, run = run(lambda model: model), run(adapted)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    plain.train()
+    run.train()
+    assert lines(run)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
+
+
+def test_adapters_of_a_student_resume_to_the_bit(tmp_path):
+    def run(**changes) -> LADTrainer:
+        torch.manual_seed(5)
+        return LADTrainer(
+            adapted(bert(2, 1)), arguments(tmp_path, **changes), teacher=bert(4, 0), objective=objective(),
+            train_dataset=Pairs(16),
+        )  # fmt: skip
+
+    whole, parts = run(save_strategy="steps", save_steps=2), run()
+    before = [parameter.clone() for parameter in whole.model.parameters()]
+    whole.train()
+    assert {"adapter_model.safetensors", "gates.safetensors"} <= {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
+    moved = {name for (name, p), was in zip(whole.model.named_parameters(), before, strict=True) if (p != was).any()}
+    assert moved == {name for name, p in whole.model.named_parameters() if p.requires_grad}
+    parts.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    right, found = (all_parameters(run.model, run.objective) for run in (whole, parts))
+    assert all(torch.equal(a, b) for a, b in zip(right, found, strict=True))
+    assert lines(parts) == lines(whole)
+
+
 def test_the_seed_of_the_arguments_draws_the_gates(tmp_path):
     def gates(before: int, seed: int) -> torch.Tensor:
         student, teacher = bert(2, 1), bert(4, 0)
