@@ -21,7 +21,7 @@ from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
 from lad_fast.gates import check_inside
 from lad_fast.glue import Task, brief
-from lad_fast.packed import ATTENTION, Packing, can_pack, first_position, pooled_logits
+from lad_fast.packed import ATTENTION, ENCODERS, Packing, first_position, pooled_logits
 
 __all__ = ["build_student", "load_classifier", "model_inputs", "put_back", "quiet", "run_model", "save_checkpoint"]
 
@@ -305,13 +305,23 @@ def encoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The encoder's layers and their module name inside ``model.base_model``.
 
     Raises:
-        ValueError: no list of ``num_hidden_layers`` modules in the model, as where layers share weights.
+        ValueError: no list of ``num_hidden_layers`` modules in the model, as where layers share weights; or several
+            beside each other, as where each has a part of every layer.
     """
     num_layers = getattr(model.config, "num_hidden_layers", None)
-    for name, module in model.base_model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {num_layers} encoder layers; it takes a BERT-like model")
+    found = {
+        name: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    first = next(iter(found), "")
+    beside = sum(name.rpartition(".")[0] == first.rpartition(".")[0] for name in found)
+    if beside != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {'several lists' if beside else 'no list'} of {num_layers} encoder layers; it "
+            "takes a BERT-like model"
+        )
+    return first, found[first]
 
 
 def build_student(
@@ -340,6 +350,8 @@ def build_student(
         ValueError: an argument that does not fit, or a model whose layers cannot be told apart.
     """
     teacher = getattr(teacher, "_orig_mod", teacher)  # of what torch.compile returned
+    if hasattr(teacher, "merge_and_unload"):
+        raise ValueError("teacher is under PEFT's adapters; it takes what their merge_and_unload returns")
     prefix, teacher_layers = encoder_layers(teacher)
     total = len(teacher_layers)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= total:
@@ -409,11 +421,14 @@ def check_unshared(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+def model_inputs(
+    model: PreTrainedModel, batch: dict[str, Tensor], teacher: PreTrainedModel | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Forward arguments for a batch on the model's device; batches on the CPU are moved without a wait.
 
     Args:
         model: a sequence classifier.
+        teacher: another one that is to take the arguments, too.
         batch: input_ids, attention_mask (without it every token is real) and, where the model takes them,
             token_type_ids; each (B, S). Or a packed batch of :class:`~lad_fast.data.Batches`.
 
@@ -432,12 +447,19 @@ def model_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[dict
     if "attention_mask" not in batch or batch["attention_mask"].all():
         return inputs, None
     mask = batch["attention_mask"].to(**move)
-    # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one. But others
-    # than these make more of a mask than that: ModernBERT cuts windows from it, and a pooling weighs by it.
-    is_all = can_pack(model) or model.config.model_type in ("albert", "distilbert")
-    is_sdpa = model.config._attn_implementation in ("sdpa", ATTENTION)
-    inputs["attention_mask"] = mask.bool()[:, None, None, :] if is_all and is_sdpa else mask
+    # Transformers asks a (B, S) mask whether it is all ones, which waits for the device; not so a 4-D one.
+    takes_scores = _takes_mask_of_scores(model) and (teacher is None or _takes_mask_of_scores(teacher))
+    inputs["attention_mask"] = mask.bool()[:, None, None, :] if takes_scores else mask
     return inputs, mask
+
+
+def _takes_mask_of_scores(model: PreTrainedModel) -> bool:
+    """Whether a (B, 1, 1, S) bool mask means to a model what a (B, S) one does.
+
+    Others make more of a mask: ModernBERT cuts windows from it, a pooling weighs by it, eager attention adds it.
+    """
+    is_known = model.config.model_type in ENCODERS | {"albert", "distilbert"}
+    return is_known and model.config._attn_implementation in ("sdpa", ATTENTION)
 
 
 def _check_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:

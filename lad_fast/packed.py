@@ -18,6 +18,14 @@ from transformers.masking_utils import sdpa_mask
 __all__ = ["Packing", "can_pack", "enable_packing", "has_flash", "packs_fast", "pooled_logits"]
 
 ATTENTION = "lad_fast_packed"
+ENCODERS = frozenset(
+    {
+        "bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm", "roc_bert",
+        "xlm-roberta", "xlm-roberta-xl",
+    }
+)  # fmt: skip
+"""Kinds of models (``config.model_type``) that look across tokens in attention alone, and there by Transformers'
+interface. A head tells neither: MPNet's biases and MobileBERT's trigrams reach into the next example."""
 
 
 class Packing(NamedTuple):
@@ -97,8 +105,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for padded batches, wit
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model's head reads nothing but each example's first token, in a way known here."""
-    return _head(model) is not None
+    """Whether the model is one of :data:`ENCODERS` whose head reads nothing but each example's first token, in a way
+    known here."""
+    return model.config.model_type in ENCODERS and _head(model) is not None
 
 
 def packs_fast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
@@ -111,7 +120,7 @@ def enable_packing(model: PreTrainedModel) -> None:
     """Let a model take packed batches, and padded ones as before. What ``save_pretrained`` writes is unchanged.
 
     Raises:
-        ValueError: a model whose head is not known here.
+        ValueError: a model whose encoder or head is not known here.
     """
     if not can_pack(model):
         raise ValueError(

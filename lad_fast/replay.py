@@ -152,6 +152,7 @@ def _restored(state: dict, device: torch.device) -> tuple[TrainingConfig, Distil
     own = {}
     if sizes is not None:  # its outputs are in the dump
         teacher = nn.Module()
+        teacher.config = student.config  # of which batches are prepared
         objective = training._make_objective(config, task, SimpleNamespace(config=SimpleNamespace(**sizes)), student)
         own = {"gate_learning_rate": config.gate_learning_rate, "mask_padding": config.mask_padding}
     step = DistillStep(student, teacher, objective, **own, **state["options"] | {"cuda_graphs": False})

@@ -228,7 +228,7 @@ class DistillStep:
             raise ValueError("batch has no 'counts'; several processes take those of Batches with part and parts")
         if batch.get("labels") is None:
             raise ValueError(f"batch has no labels, only {', '.join(batch)}; training takes labelled ones")
-        inputs, mask = model_inputs(self.student, batch)
+        inputs, mask = model_inputs(self.student, batch, self.teacher)
         cache, index = self.teacher_cache, batch.get("index")
         teacher = None
         if cache is not None and cache.holds(index):
@@ -241,7 +241,7 @@ class DistillStep:
     @torch.no_grad()
     def fill_cache(self, batch: dict[str, Tensor]) -> None:
         """Run the teacher alone, for the cache."""
-        inputs, _ = model_inputs(self.student, batch)
+        inputs, _ = model_inputs(self.student, batch, self.teacher)
         with self.autocast():
             self.teacher_cache.write(batch["index"], *self._run_teacher(inputs))
 

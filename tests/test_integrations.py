@@ -22,6 +22,7 @@ from transformers import (
 pytest.importorskip("accelerate")
 from lad_fast import AttentionObjective, GateStack, LADObjective, integrations
 from lad_fast.integrations import LADTrainer, LADTrainingArguments
+from lad_fast.models import build_student
 from lad_fast.step import DistillStep
 
 
@@ -261,6 +262,13 @@ def test_models_with_adapters_get_token_types(tmp_path, who):
     plain.train()
     run.train()
     assert lines(run)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-5)
+
+
+def test_a_student_is_built_of_a_teacher_whose_adapters_are_merged():
+    teacher = adapted(bert(4, 0))
+    with pytest.raises(ValueError, match="teacher is under PEFT's adapters"):
+        build_student(teacher, 2)
+    assert build_student(teacher.merge_and_unload(), 2).config.num_hidden_layers == 2
 
 
 def test_adapters_of_a_student_resume_to_the_bit(tmp_path):

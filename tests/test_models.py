@@ -7,6 +7,8 @@ import torch
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -23,7 +25,7 @@ from transformers import (
 
 from lad_fast import GateStack
 from lad_fast.glue import get_task
-from lad_fast.models import build_student, check_max_length, load_classifier, model_inputs, save_checkpoint
+from lad_fast.models import build_student, check_max_length, load_classifier, model_inputs, run_model, save_checkpoint
 
 RTE, MNLI, STSB = get_task("rte"), get_task("mnli"), get_task("stsb")
 SIZES = {"vocab_size": 24, "max_position_embeddings": 20}
@@ -162,6 +164,12 @@ def test_shared_layers_cannot_be_told_apart():
         build_student(AlbertForSequenceClassification(config), 2)
 
 
+def test_layers_in_several_lists_cannot_be_told_apart():
+    config = AutoConfig.for_model("xlm", vocab_size=24, emb_dim=16, n_layers=4, n_heads=2, n_langs=1)
+    with pytest.raises(ValueError, match="XLMForSequenceClassification has several lists of 4 encoder layers"):
+        build_student(AutoModelForSequenceClassification.from_config(config), 2)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_model_inputs_hide_padding(family, attention):
@@ -177,6 +185,14 @@ def test_model_inputs_hide_padding(family, attention):
     assert mask is None
     assert "attention_mask" not in inputs
     torch.testing.assert_close(model(**inputs).logits, expected[1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layoutlm", "mobilebert", "mpnet"])
+def test_model_inputs_of_models_that_take_no_mask_of_scores(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **BERT_SIZES | {"num_hidden_layers": 2}, initializer_range=0.2)
+    model, padded = AutoModelForSequenceClassification.from_config(config).eval(), batch()
+    assert torch.equal(run_model(model, model_inputs(model, padded)[0])[0], model(**padded).logits)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from lad_fast.models import model_inputs, run_model
-from lad_fast.packed import Packing, _flash, _spread, can_pack, enable_packing, has_flash, packs_fast
+from lad_fast.packed import ENCODERS, Packing, _flash, _spread, can_pack, enable_packing, has_flash, packs_fast
 
 LENGTHS = (5, 9, 1, 9)
 
@@ -35,7 +35,7 @@ def both_ways(device: str = "cpu"):
     return padded, {"input_ids": input_ids[mask][None], "position_ids": positions, "lengths": lengths}, mask
 
 
-@pytest.mark.parametrize("family", ("bert", "roberta", "electra", "camembert"))
+@pytest.mark.parametrize("family", sorted(ENCODERS))
 def test_logits_states_and_gradients_are_those_of_padded_batches(family):
     model = classifier(family)
     padded, packed, mask = both_ways()
@@ -67,8 +67,9 @@ def test_padded_batches_still_run_and_checkpoints_do_not_change(tmp_path):
     torch.testing.assert_close(loaded(**padded).logits, before)
 
 
-@pytest.mark.parametrize("family", ("distilbert", "albert"))
-def test_other_heads_are_refused(family):
+@pytest.mark.parametrize("family", ("distilbert", "albert", "mpnet", "mobilebert", "esm"))
+def test_other_heads_and_encoders_are_refused(family):
+    """Of heads like BERT's: MPNet's attention is its own, MobileBERT and ESM mix neighbouring tokens before it."""
     model = classifier(family)
     assert not can_pack(model)
     with pytest.raises(ValueError, match=f"padding is 'packed'; it takes a BERT-.* not a {type(model).__name__}"):

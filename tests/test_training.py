@@ -147,6 +147,20 @@ def plain_loop(step, data, hidden_weight=100.0):
     return history, gates
 
 
+@pytest.mark.parametrize("student", ("sdpa", "eager"))
+@pytest.mark.parametrize("teacher", ("sdpa", "eager"))
+def test_padding_is_hidden_from_each_models_attention(teacher, student):
+    step, (batch,) = make_step(), batches(8, 8)
+    step.teacher.set_attn_implementation(teacher)
+    step.student.set_attn_implementation(student)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert not inputs["attention_mask"].all()
+    with torch.no_grad():
+        outputs = [model(**inputs, output_hidden_states=True) for model in (step.student, step.teacher)]
+        right = step.objective(*outputs, labels=batch["labels"], attention_mask=batch["attention_mask"]).loss
+    torch.testing.assert_close(step.losses(batch)["loss"].detach(), right, rtol=1e-5, atol=0)  # sums in another order
+
+
 @pytest.mark.parametrize("task", [RTE, STSB], ids=["classes", "regression"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_steps_are_those_of_a_plain_loop(task, backend):
