@@ -387,10 +387,7 @@ def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
     model, tokenizer = load_classifier(config.model, task, fine_tuned=True)
     if task is None:
         task = _find_csv_task(config, model)
-    trained = _trained(config.model)
-    if trained.get("num_texts", len(task.text_columns)) != len(task.text_columns):
-        was, column = ("pairs of texts", "None") if len(task.text_columns) == 1 else ("single texts", "set")
-        raise ValueError(f"text_pair_column is {column}; model {config.model} was trained on {was}")
+    trained = training.check_texts("model", config.model, task)
     if (max_length := config.max_length) is None:
         most = min(DataConfig.max_length, most_tokens(model), tokenizer.model_max_length)
         max_length = trained.get("max_length", most)
@@ -418,26 +415,6 @@ def _find_csv_task(config: InferenceConfig, model: PreTrainedModel) -> Task:
             if has_labels(model.config, task):
                 return task
     return find_task(config, names)
-
-
-def _trained(model: str) -> dict[str, int]:
-    """How training took examples: "max_length" tokens, "num_texts"; without what training.json does not tell.
-
-    Raises:
-        ValueError: training.json is damaged.
-    """
-    path = Path(model).expanduser() / "training.json"
-    if not path.is_file():
-        return {}
-    try:
-        state = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); it takes what training left there") from error
-    found = {name: state[name] for name in ("max_length", "num_texts") if state.get(name) is not None}
-    for name, value in found.items():
-        if type(value) is not int:
-            raise ValueError(f"{path}: {name} is {str(value)[:100]}; it takes a number")
-    return found
 
 
 def _metric_rows(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:

@@ -43,6 +43,7 @@ from lad_fast.checkpoint import (
 from lad_fast.cpu import bfloat16_pays, emulates, keep_freed_memory
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
+from lad_fast.functional import check_number
 from lad_fast.glue import Task, check_metrics, compute_metrics, confusion_matrix, load_split, predictions_from_logits
 from lad_fast.models import (
     build_student,
@@ -295,6 +296,7 @@ def distill(
     task = _find_task(config, task, evaluation)
     if teacher is None:
         teacher, tokenizer = current_world().in_turn(partial(load_classifier, fine_tuned=True), config.teacher, task)
+        check_texts("teacher", config.teacher, task)
     _check_classes("teacher", teacher, task)
     if student is None:
         student = _make_student(config, task, teacher)
@@ -351,6 +353,29 @@ def _move(role: str, model: PreTrainedModel, device: torch.device) -> PreTrained
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
     if model.config.num_labels != task.num_labels:
         raise ValueError(f"{role} has num_labels = {model.config.num_labels}; task {task.name} takes {task.num_labels}")
+
+
+def check_texts(role: str, model: str | Path, task: Task) -> dict[str, int]:
+    """How training took a model's examples: "max_length" tokens, "num_texts"; without what training.json does not tell.
+
+    Raises:
+        ValueError: training.json is damaged, or tells of single texts where the task has pairs, or the other way round.
+    """
+    path = Path(model).expanduser() / "training.json"
+    if not path.is_file():
+        return {}
+    try:
+        state = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); it takes what training left there") from error
+    found = {name: state[name] for name in ("max_length", "num_texts") if state.get(name) is not None}
+    for name, value in found.items():
+        if type(value) is not int:
+            raise ValueError(f"{path}: {name} is {str(value)[:100]}; it takes a number")
+    if found.get("num_texts", len(task.text_columns)) != len(task.text_columns):
+        was, column = ("pairs of texts", "None") if len(task.text_columns) == 1 else ("single texts", "set")
+        raise ValueError(f"text_pair_column is {column}; {role} {model} was trained on {was}")
+    return found
 
 
 def _make_student(config: DistillConfig, task: Task, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -414,14 +439,16 @@ def _start(config: TrainingConfig) -> torch.device:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it takes at least 1")
-    for name in ("learning_rate", "gate_learning_rate", "weight_decay", "warmup_ratio"):
+    weights = "soft_weight", "hard_weight", "hidden_weight"
+    for name in ("learning_rate", "gate_learning_rate", "weight_decay", "warmup_ratio", *weights):
         value = getattr(config, name, 0.0)
+        check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}; it takes a number of at least 0")
     if config.warmup_ratio > 1:
         raise ValueError(f"warmup_ratio is {config.warmup_ratio}; it takes 0 to 1")
-    for name in ("max_grad_norm", "save_minutes"):
-        if not getattr(config, name) > 0:
+    for name, most in (("max_grad_norm", math.inf), ("save_minutes", math.inf), ("temperature", sys.float_info.max)):
+        if not 0 < getattr(config, name, 1.0) <= most:
             raise ValueError(f"{name} is {getattr(config, name)}; it takes a number above 0")
     for name in ("precision", "padding", "optimizer", "method", "teacher_cache", "log"):
         known = get_args(get_type_hints(type(config)).get(name))
@@ -489,10 +516,13 @@ def _pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device is {name!r}; it takes auto, cpu, cuda or cuda:N ({reason})") from error
+    if device.type == "meta":
+        raise ValueError(f"device is {name!r}; it takes auto, cpu, cuda or cuda:N (no numbers there)")
+    return device
 
 
 def _load_batches(
@@ -727,7 +757,7 @@ def _check_folder(output_dir: Path) -> None:
     """Raises a ValueError where a run would write over what no run wrote, a model's config.json above all."""
     names = ("config.json", "best", "last", "log.jsonl", "results.json", "tensorboard")
     there = [name for name in names if (output_dir / name).exists()]
-    for name in names[:-1]:
+    for name in names:
         if (output_dir / name).is_symlink():
             raise ValueError(f"output_dir is {output_dir}; its {name} is a link, which no run writes through")
     try:

@@ -808,11 +808,11 @@ def never(*_):
     pytest.fail("training started")
 
 
-@pytest.mark.parametrize("name", [".lock", "log.jsonl", "best", "last", "results.json", "config.json"])
+@pytest.mark.parametrize("name", [".lock", "log.jsonl", "best", "last", "results.json", "config.json", "tensorboard"])
 def test_a_run_writes_through_no_link(tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "of others").write_text("precious")
-    where = tmp_path / ("elsewhere" if name in ("best", "last") else "of others")
+    where = tmp_path / ("elsewhere" if name in ("best", "last", "tensorboard") else "of others")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(where)
     with pytest.raises(ValueError, match=f"output_dir is .*{name}"):

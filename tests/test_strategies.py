@@ -278,6 +278,12 @@ def test_normalised_states_make_another_loss(tmp_path):
     [
         ({"method": "first"}, "method is 'first'; it takes one of lad, skip, last, attention, logits, none"),
         ({"method": "attention", "hidden_weight": -1.0}, "hidden_weight is -1.0; it takes a number of at least 0"),
+        ({"method": "logits", "soft_weight": -3.0}, "soft_weight is -3.0; it takes a number of at least 0"),
+        ({"method": "logits", "hard_weight": float("nan")}, "hard_weight is nan; it takes a number of at least 0"),
+        ({"method": "none", "temperature": float("nan")}, "temperature is nan; it takes a number above 0"),
+        ({"temperature": float("inf")}, "temperature is inf; it takes a number above 0"),
+        ({"soft_weight": "half"}, "soft_weight is 'half'; it takes a number"),
+        ({"device": "meta"}, "device is 'meta'; it takes auto, cpu, cuda or cuda:N"),
         ({"normalize_states": True}, "normalize_states is True; it goes with method skip or last, not lad"),
         ({"method": "skip", "normalize_states": "yes"}, "normalize_states is 'yes'; it takes True or False"),
     ],

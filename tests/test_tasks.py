@@ -294,6 +294,11 @@ def test_pairs_are_not_scored_by_their_first_texts(tmp_path, pretrained, capsys)
         err = capsys.readouterr().err
         assert err.count(told.format(best)) == err.count("\n") == 2, err
         assert not out.exists()
+        student = "--teacher", best, "--student-layers", 1
+        assert train("distill", data, tmp_path / f"{model}-student", *student, *wrong) == 2
+        err = capsys.readouterr().err
+        assert told.format(best).replace("; model", "; teacher") in err and err.count("\n") == 1, err
+        assert not (tmp_path / f"{model}-student").exists()
         (best / "training.json").unlink()  # as of a model from elsewhere
         assert run("evaluate", data, "--model", best, *wrong) == 0
 
