@@ -579,7 +579,7 @@ def table(content: dict) -> str:
             f"| {LABELS[model]} | {' | '.join(score_cell(content, task, model) for task in tasks)} |"
             for model in (TEACHER, *content["plan"]["students"])
         ),
-        f"| *seeds; epochs* | {' | '.join(str(len(p['seeds'])) + '; ' + str(p['epochs']) for p in tasks.values())} |",
+        f"| *seeds; epochs; examples* | {' | '.join(map(_amounts, tasks.values()))} |",
         "",
         comparison(content),
         "",
@@ -595,6 +595,10 @@ def table(content: dict) -> str:
     if figure.is_file():
         lines += ["", f"![Scores by task and way]({figure.relative_to(ROOT)})"]
     return "\n".join(lines)
+
+
+def _amounts(plan: dict) -> str:
+    return f"{len(plan['seeds'])}; {plan['epochs']}; {plan.get('most_examples') or 'all'}"
 
 
 def _settings_table(content: dict) -> str:
