@@ -178,7 +178,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     with FakeTensorMode():
         launch.launch(Kernel(), (3,), n=1, x_ptr=torch.empty(2, device="cuda:1"), y_ptr=None)
         launch.launch(Kernel(), (3,), n=1, x_ptr=torch.empty(2), y_ptr=None)
-    names = ["n", "x_ptr", "y_ptr"]
+    names = sorted(["n", "x_ptr", "y_ptr", *launch.OPTIONS])
     assert launched == [((3,), [torch.device("cuda:1")], names), ((3,), [], names)]
 
 
