@@ -1,9 +1,9 @@
 """Packed batches: the examples' real tokens end to end, no padding, through Hugging Face's attention interface.
 
-Everything in an encoder but attention treats each token on its own, so a batch of B examples is one row (1, T) of
-T tokens. Attention is told where examples end: on a GPU in half precision a flash kernel takes the bounds
-themselves, if it takes the heads (:func:`has_flash`); elsewhere queries, keys and values alone are spread out to (B, S)
-and back.
+Everything in such an encoder (:data:`ENCODERS`) but attention treats each token on its own, so a batch of B examples is
+one row (1, T) of T tokens. Attention is told where examples end: on a GPU in half precision a flash kernel takes the
+bounds themselves, if it takes the heads (:func:`has_flash`); elsewhere queries, keys and values alone are spread out to
+(B, S) and back.
 """
 
 from typing import NamedTuple

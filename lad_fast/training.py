@@ -356,7 +356,10 @@ def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
 
 
 def check_texts(role: str, model: str | Path, task: Task) -> dict[str, int]:
-    """How training took a model's examples: "max_length" tokens, "num_texts"; without what training.json does not tell.
+    """Check that a model was trained on examples of as many texts as the task's.
+
+    Returns:
+        How its training took examples: "max_length" tokens, "num_texts"; without what training.json does not tell.
 
     Raises:
         ValueError: training.json is damaged, or tells of single texts where the task has pairs, or the other way round.
@@ -448,8 +451,10 @@ def _start(config: TrainingConfig) -> torch.device:
     if config.warmup_ratio > 1:
         raise ValueError(f"warmup_ratio is {config.warmup_ratio}; it takes 0 to 1")
     for name, most in (("max_grad_norm", math.inf), ("save_minutes", math.inf), ("temperature", sys.float_info.max)):
-        if not 0 < getattr(config, name, 1.0) <= most:
-            raise ValueError(f"{name} is {getattr(config, name)}; it takes a number above 0")
+        value = getattr(config, name, 1.0)
+        check_number(name, value)
+        if not 0 < value <= most:
+            raise ValueError(f"{name} is {value}; it takes a number above 0")
     for name in ("precision", "padding", "optimizer", "method", "teacher_cache", "log"):
         known = get_args(get_type_hints(type(config)).get(name))
         value = getattr(config, name, None)

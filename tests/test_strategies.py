@@ -283,6 +283,7 @@ def test_normalised_states_make_another_loss(tmp_path):
         ({"method": "none", "temperature": float("nan")}, "temperature is nan; it takes a number above 0"),
         ({"temperature": float("inf")}, "temperature is inf; it takes a number above 0"),
         ({"soft_weight": "half"}, "soft_weight is 'half'; it takes a number"),
+        ({"method": "logits", "temperature": "hot"}, "temperature is 'hot'; it takes a number"),
         ({"device": "meta"}, "device is 'meta'; it takes auto, cpu, cuda or cuda:N"),
         ({"normalize_states": True}, "normalize_states is True; it goes with method skip or last, not lad"),
         ({"method": "skip", "normalize_states": "yes"}, "normalize_states is 'yes'; it takes True or False"),
