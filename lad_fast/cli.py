@@ -28,12 +28,12 @@ from lad_fast.glue import DataError, Task, check_metrics, load_split, write_subm
 from lad_fast.kernels.launch import cache_file, why_not_triton
 from lad_fast.models import (
     check_max_length,
-    check_new_folder,
     class_names,
     has_labels,
     load_classifier,
     load_tokenizer,
     most_tokens,
+    new_folder,
     save_checkpoint,
 )
 from lad_fast.published import load_published
@@ -328,14 +328,14 @@ def run_predict(config: PredictCommand) -> int:
 
 def run_import(config: ImportCommand) -> int:
     """The exit code; see :func:`lad_fast.published.load_published`."""
-    check_new_folder(config.output_dir)
-    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    found = load_published(config.directory, config.step, reverse=config.reverse)
-    if tokenizer is not None and len(tokenizer) > found.model.config.vocab_size:
-        size = found.model.config.vocab_size
-        raise ValueError(f"tokenizer has {len(tokenizer)} tokens; the model's embeddings hold {size}")
-    state = {"task": found.task.name, "step": found.step, "published": found.settings}
-    save_checkpoint(config.output_dir, found.model, tokenizer, found.gates, state)
+    with new_folder(config.output_dir) as folder:
+        tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+        found = load_published(config.directory, config.step, reverse=config.reverse)
+        if tokenizer is not None and len(tokenizer) > found.model.config.vocab_size:
+            size = found.model.config.vocab_size
+            raise ValueError(f"tokenizer has {len(tokenizer)} tokens; the model's embeddings hold {size}")
+        state = {"task": found.task.name, "step": found.step, "published": found.settings}
+        save_checkpoint(folder, found.model, tokenizer, found.gates, state)
     gates = "no gates" if found.gates is None else f"{len(found.gates.weight)} gates"
     print(f"{config.output_dir}: step {found.step} of {found.task.name}, {gates}")
     return 0

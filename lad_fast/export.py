@@ -1,7 +1,6 @@
 """Classifiers as ONNX files, in float32 or with weights in 8 bits."""
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lad_fast.models import check_new_folder, load_classifier
+from lad_fast.models import load_classifier, new_folder
 
 __all__ = ["export_onnx"]
 
@@ -47,13 +46,9 @@ def export_onnx(name_or_path: str | Path, output_dir: str | Path, int8: bool = F
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'lad_fast[onnx]'") from error
     output_dir = Path(output_dir)
-    check_new_folder(output_dir)
-    model, tokenizer = load_classifier(name_or_path, None, fine_tuned=True)
-    logits = _Logits(model, tokenizer.model_input_names).eval()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as partial:
-        folder = Path(partial) / "export"
-        folder.mkdir()
+    with new_folder(output_dir) as folder:
+        model, tokenizer = load_classifier(name_or_path, None, fine_tuned=True)
+        logits = _Logits(model, tokenizer.model_input_names).eval()
         path = folder / FILE
         try:
             with _quiet():
@@ -68,7 +63,6 @@ def export_onnx(name_or_path: str | Path, output_dir: str | Path, int8: bool = F
                 quantize_dynamic(path, path, per_channel=True, reduce_range=True)
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        folder.replace(output_dir)
     return output_dir / FILE
 
 

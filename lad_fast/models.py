@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ def load_classifier(
         _check_folder(name_or_path, Path(source))
     try:
         settings = AutoConfig.from_pretrained(source, **options)
+        settings.return_dict = True  # outputs are read by name
         if options["local_files_only"]:
             _check_claimed_size(name_or_path, settings, Path(source))
         if task is not None:
@@ -243,6 +245,8 @@ def _check_claimed_size(name_or_path, config, folder: Path) -> None:
 def _find_source(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if (path / "best/config.json").is_file():
+            raise ValueError(f"model {name_or_path} is a run's folder; its best model is {path / 'best'}")
         if not (path / "config.json").is_file():
             raise ValueError(f"model {name_or_path} is a folder without config.json; it takes a save_pretrained folder")
         return str(path)
@@ -505,10 +509,31 @@ def run_model(
     return logits, states[1:] if packing is None else tuple(state[0] for state in states[1:])
 
 
-def check_new_folder(output_dir: Path) -> None:
-    """Raises a ValueError where something is in the way of a folder that is to be made."""
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+@contextmanager
+def new_folder(output_dir: Path) -> Iterator[Path]:
+    """A context with a folder to fill, whose files come to ``output_dir`` when it ends without an exception.
+
+    A new ``output_dir`` appears in one move. An empty one may be where the process stands, or a mount, and nothing
+    replaces those: it gets the files one by one.
+
+    Raises:
+        ValueError: something is in the way.
+    """
+    output_dir = output_dir.absolute()  # of "." it knows name and parent
+    is_there = output_dir.exists()
+    if is_there and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"output_dir is {output_dir}, which is there; it takes a new or an empty folder")
+    where = output_dir if is_there else output_dir.parent
+    where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=where) as partial:
+        folder = Path(partial) / "new"
+        folder.mkdir()
+        yield folder
+        if is_there:
+            for path in folder.iterdir():
+                path.replace(output_dir / path.name)
+        else:
+            folder.replace(output_dir)
 
 
 def _replaced(folder: Path) -> Path:

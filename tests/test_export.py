@@ -113,6 +113,18 @@ def test_the_folder_has_what_a_server_needs(exported):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_into_the_current_folder(exported, tmp_path, monkeypatch):
+    """Which no rename replaces, as none does a mounted one."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    path = export_onnx(exported[1], ".")
+    assert path.samefile(folder / "model.onnx")
+    names = sorted(file.name for file in exported[2].parent.iterdir())
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert [file.name for file in tmp_path.iterdir()] == ["here"]
+
+
 def test_what_does_not_fit_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     saved(tmp_path / "model", bert(1))
     with pytest.raises(ValueError, match=r"output_dir is .*model, which is there"):

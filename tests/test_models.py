@@ -272,6 +272,12 @@ def test_half_precision_checkpoints_load_as_float32(tmp_path, tokenizer):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_outputs_have_names_whatever_the_configuration(tmp_path, tokenizer):
+    save_checkpoint(tmp_path / "model", bert(return_dict=False), tokenizer)
+    model, _ = load_classifier(tmp_path / "model", RTE)
+    assert run_model(model, batch())[0].shape == (2, 2)
+
+
 def named(labels):
     return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
@@ -311,6 +317,9 @@ def test_unloadable_models_are_named_in_one_line(tmp_path, tokenizer):
     assert "is not a folder" in message(str(tmp_path / "missing"))
     assert "without config.json" in message(tmp_path)
     assert "is no folder here and could not be loaded" in message("nobody/nothing")
+    save_checkpoint(tmp_path / "run/best", bert(), tokenizer)
+    (tmp_path / "run/config.json").write_text("{}")  # the run's settings
+    assert f"is a run's folder; its best model is {tmp_path / 'run/best'}" in message(tmp_path / "run")
     good = tmp_path / "good"
     save_checkpoint(good, bert(), tokenizer)
     assert "no configuration entry 'dropuot'" in message(good, dropuot=0.1)
