@@ -1,7 +1,5 @@
 """Settings and fixtures that every test shares."""
 
-import dataclasses
-import functools
 import os
 from pathlib import Path
 
@@ -18,22 +16,7 @@ os.environ["LAD_FAST_CACHE"] = os.devnull  # launches that somebody measured on 
 torch.set_num_threads(1)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime import interpreter
-
-    # Triton patches its language anew at each call of a function inside a kernel: half of an interpreted kernel's time.
-    # These patches are never taken back (a launch's own are): once for each function is enough.
-    patch_lang_once = functools.cache(interpreter._patch_lang)
-
-    def call_device_function(self, *args, **kwargs):
-        patch_lang_once(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call_device_function
-
-    # Of each sum and product of integers the interpreter works out whether it overflows, and asserts it where kernels
-    # are debugged, which is nowhere: a third of what is left.
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    import fast_interpreter  # noqa: F401
 
 SHARED = Path(os.environ.get("LAD_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
