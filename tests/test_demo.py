@@ -130,7 +130,7 @@ from lad_fast import demo as module
 
 module.make_splits = functools.partial(module.make_splits, num_train=384, num_dev=64)
 folder = Path(sys.argv[1])
-module.demo(module.DemoConfig(folder, teacher_steps=12, student_steps=6, num_threads=2, progress=False))
+module.demo(module.DemoConfig(folder, teacher_steps=4, student_steps=3, num_threads=2, progress=False))
 for path in sorted(folder.glob("*/best/*")):
     print("digest", path.relative_to(folder), hashlib.sha256(path.read_bytes()).hexdigest())
 """

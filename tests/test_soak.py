@@ -112,12 +112,12 @@ def soak(epochs: int, leak: bool = False, **options) -> list[dict[str, int]]:
     DistillStep.__call__ = look  # this process has nothing else to run
     with tempfile.TemporaryDirectory() as folder:
         config = DistillConfig(
-            task="rte", output_dir=Path(folder), teacher="", student_layers=2, batch_size=4, epochs=epochs,
+            task="rte", output_dir=Path(folder), teacher="", student_layers=1, batch_size=4, epochs=epochs,
             max_length=16, log_every=10, save_steps=20, progress=False,
             **{"device": "cpu", "precision": "float32", "backend": "torch"} | options,
         )  # fmt: skip
         data = {"train": split(4 * STEPS, "train"), "evaluation": {"validation": split(20, "validation")}}
-        result = distill(config, **data, teacher=bert(4), student=bert(2))
+        result = distill(config, **data, teacher=bert(2), student=bert(1))
         assert result.steps == STEPS * epochs
         assert json.loads((Path(folder) / "config.json").read_text())["teacher_cache"] != "off"
     gc.unfreeze()

@@ -252,7 +252,7 @@ def test_an_engine_option_changes_no_result(tmp_path, engine):
 
 @pytest.mark.slow
 def test_compiled_encoders_change_no_result(tmp_path):
-    options = {"teacher_cache": "off", "epochs": 1, "layers": (2, 1)}  # compiling takes its time by the layer
+    options = {"teacher_cache": "off", "epochs": 1, "layers": (1, 1)}  # compiling takes its time by the layer
     ours, _, _ = engine_losses(tmp_path / "ours", compile=True, **options)
     right, _, _ = engine_losses(tmp_path / "plain", **options)
     torch.testing.assert_close(ours, right, rtol=1e-4, atol=0)

@@ -54,8 +54,7 @@ ARCHITECTURES = {
 }
 GEMM_KERNELS = ("_chain_fwd_kernel", "_chain_bwd_kernel")
 PRECISIONS = ("bfloat16", "autocast", "tf32", "ieee")  # float16 compiles to what bfloat16 does
-# Norm, padding, forms of forward and backward, what forward keeps, whether hidden states need gradients. Products in
-# float32, nobody's default on a GPU, go through the first two alone, and on AMD's through the form taken there.
+# Norm, padding, forms of forward and backward, what forward keeps, whether hidden states need gradients.
 CASES = (
     ("sequence", "plain", "persistent", "persistent", "gates", False),
     ("sequence", "packed", "cublas", "persistent", "states", True),
@@ -246,6 +245,16 @@ def run_losses(dtype) -> None:
     logit_loss.distill_loss_forward(logits[:, :1], logits[:, :1], labels.float(), 10.0, 0.5, 0.5, True, losses)
 
 
+def _cases(architecture: str, dtype: torch.dtype, matmul_dtype: torch.dtype) -> tuple[tuple, ...]:
+    """Those of CASES that states and products of these types go through, of which each takes seconds to compile."""
+    if dtype.itemsize == 2:
+        return CASES
+    if matmul_dtype.itemsize == 2:  # autocast
+        return CASES[:3]
+    # Products in float32, nobody's default on a GPU, take the default form alone.
+    return CASES[2:3] if architecture == "gfx942" else CASES[:1]
+
+
 def table(architectures, precisions, cases=None, deep=False) -> list[Row]:
     """Compile all kernels in some cases (None: in CASES), the chain's with each tile; of what compiles to the same, the
     first is a row. Deep: twelve layers and six students in float32, as under a cached teacher, where the cases have
@@ -256,7 +265,7 @@ def table(architectures, precisions, cases=None, deep=False) -> list[Row]:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
         matmul_dtype = torch.bfloat16 if precision == "autocast" else dtype
-        chosen = cases or CASES[: 4 if matmul_dtype.itemsize == 2 else 3 if architecture == "gfx942" else 2]
+        chosen = cases or _cases(architecture, dtype, matmul_dtype)
         seen = set()
 
         def record(kernel, grid, **arguments):

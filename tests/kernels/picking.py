@@ -1,10 +1,9 @@
-"""Compile one small launch for an architecture and print what came of it: see test_aot.py.
+"""Compile one small launch for each architecture and print what came of it: see test_aot.py.
 
 A process of its own, since Triton's interpreter leaves its language patched in one where it ran.
 """
 
 import json
-import sys
 from dataclasses import asdict
 
 import aot
@@ -27,9 +26,12 @@ if __name__ == "__main__":
     state = torch.zeros(2048, dtype=torch.bfloat16)
     arguments = {"states": (state,) * 3, "out_ptr": state, "i": 2, "LARGE": 2**31, "COUNT": 16, "ONE": 1}
     arguments |= {"BLOCK": 2048, "num_warps": 2, "launch_cooperative_grid": True}
-    compiled = aot.compile_launch(picking, arguments, sys.argv[1])
-    (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
     names = ("launch_cooperative_grid", "enable_fp_fusion", "num_warps")
-    metadata = {name: getattr(compiled.metadata, name) for name in names}
-    figures = asdict(aot.inspect(compiled, sys.argv[1]))
-    print(json.dumps({"parameters": parameters, **metadata, "figures": figures}))
+    found = {}
+    for architecture in aot.ARCHITECTURES:
+        compiled = aot.compile_launch(picking, arguments, architecture)
+        (parameters,) = [line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line]
+        metadata = {name: getattr(compiled.metadata, name) for name in names}
+        figures = asdict(aot.inspect(compiled, architecture))
+        found[architecture] = {"parameters": parameters, **metadata, "figures": figures}
+    print(json.dumps(found))

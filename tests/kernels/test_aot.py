@@ -72,12 +72,18 @@ def test_twelve_layers_hardly_spill(tmp_path):
     assert max(spilled.values()) <= 256  # a quarter of the registers: in an epilogue, once a tile and gate
 
 
-@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_a_launch_compiles_as_it_would_run(architecture):
-    """Tuples of pointers, one picked at run time and still read 16 bytes at once; sizes; the launch's options."""
-    done = run_compiling(Path(__file__).with_name("picking.py"), architecture)
+@pytest.fixture(scope="module")
+def picked() -> dict[str, dict]:
+    """By architecture."""
+    done = run_compiling(Path(__file__).with_name("picking.py"))
     assert "Warning" not in done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_launch_compiles_as_it_would_run(architecture, picked):
+    """Tuples of pointers, one picked at run time and still read 16 bytes at once; sizes; the launch's options."""
+    found = picked[architecture]
     types = [part.split(": ")[1].split()[0] for part in found["parameters"].split("%")[1:]]
     assert types[:3] == types[3:4] * 3 and "tt.ptr<bf16>" in types[0]
     assert [name.rstrip(",)") for name in types[4:]] == ["i32", "i64", "i32", "i32"]  # ONE is an argument, no constant
