@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,8 +252,11 @@ def test_an_engine_option_changes_no_result(tmp_path, engine):
 
 
 @pytest.mark.slow
-def test_compiled_encoders_change_no_result(tmp_path):
-    options = {"teacher_cache": "off", "epochs": 1, "layers": (1, 1)}  # compiling takes its time by the layer
+@pytest.mark.parametrize(("backend", "method"), [("inductor", "none"), ("eager", "lad")])
+def test_compiled_encoders_change_no_result(tmp_path, monkeypatch, backend, method):
+    """By Inductor a student alone: it takes its time by the layer, and runs a compiler."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    options = {"teacher_cache": "off", "epochs": 1, "layers": (2, 1), "method": method}
     ours, _, _ = engine_losses(tmp_path / "ours", compile=True, **options)
     right, _, _ = engine_losses(tmp_path / "plain", **options)
     torch.testing.assert_close(ours, right, rtol=1e-4, atol=0)
