@@ -1,10 +1,12 @@
-"""Dropout, attention under dropout, linear layers and embeddings of a training step on a CPU, faster than PyTorch's.
+"""Dropout, attention, linear layers and embeddings of a training step on a CPU, faster than PyTorch's.
 
 The mathematics is PyTorch's; only dropout's random numbers are others, from the same generator:
 
 * dropout draws a byte an element, eight at a time, where PyTorch draws a float, and keeps its masks in bytes;
 * attention under dropout, for which PyTorch has no fused form on a CPU, goes through a few examples at a time, so that
   their scores stay in the cache;
+* attention over a few tokens without gradients, a teacher's, takes a product for all heads where PyTorch's fused form
+  takes one a head;
 * float32 products go to oneDNN where there is AVX-512, with which PyTorch's MKL, on AMD's processors, does nothing; on
   Intel's, weight gradients stay with MKL;
 * a teacher's weights are laid out for oneDNN once, not by every product;
@@ -33,14 +35,16 @@ __all__ = [
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
 BYTES = 1 << 8
 SCORES_AT_ONCE = 1 << 21  # bytes: fewer calls, and a few such tensors still fit into the cache
+SHORT = 32  # tokens: in float32 plain products lead up to 40 and trail from 56 on
 LARGE_EMBEDDING = 1 << 20  # elements: positions and token types are smaller, and a batch touches most of theirs
 
 
 class FasterOnCPU(TorchFunctionMode):
     """A context in which the calls of a model's forward that are slow on a CPU are replaced.
 
-    Replaced are ``F.dropout``, ``F.scaled_dot_product_attention`` with dropout and, in float32, ``F.linear``; gradients
-    are those of the originals, and calls in any other form go to PyTorch.
+    Replaced are ``F.dropout``, ``F.scaled_dot_product_attention`` with dropout and, in float32, over a few tokens
+    without gradients, and float32's ``F.linear``; gradients are those of the originals, and calls in any other form go
+    to PyTorch.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -129,7 +133,7 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor | None:
-    if not 0 < dropout_p < 1 or is_causal or enable_gqa or not all(map(_is_plain, (query, key, value))):
+    if not 0 <= dropout_p < 1 or is_causal or enable_gqa or not all(map(_is_plain, (query, key, value))):
         return None
     if query.dim() != 4 or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return None
@@ -138,7 +142,13 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _Attention.apply(query, key, value, attn_mask, dropout_p, scale)
+    if dropout_p:
+        return _Attention.apply(query, key, value, attn_mask, dropout_p, scale)
+    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if has_gradients or key.shape[2] > SHORT or not query.dtype == key.dtype == value.dtype == torch.float32:
+        return None
+    query, key, value, attn_mask = _operands(query, key, value, attn_mask, scale)
+    return _scores(query, key, attn_mask).softmax(dim=-1) @ value
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -219,11 +229,19 @@ def _as_projected(x: Tensor, *size: int) -> Tensor:
     return x.new_empty(batch_size, length, heads, head_size).transpose(1, 2)
 
 
-class _Attention(torch.autograd.Function):
-    """``dropout(softmax(scale * Q K^T + mask)) V``; the probabilities are kept for backward.
+def _operands(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float):
+    """Attention's, made dense once, not by each product of a part; the query scaled."""
+    query = torch.mul(query, scale, out=query.new_empty(query.shape))
+    return query, key.contiguous(), value.contiguous(), None if mask is None else _added(mask, query.dtype)
 
-    Operands are made dense once, not by each product of a part.
-    """
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    scores = query @ key.transpose(2, 3)
+    return scores if mask is None else scores.add_(mask)
+
+
+class _Attention(torch.autograd.Function):
+    """``dropout(softmax(scale * Q K^T + mask)) V``; the probabilities are kept for backward."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask, p, scale):
@@ -232,14 +250,10 @@ class _Attention(torch.autograd.Function):
         step = max(1, SCORES_AT_ONCE // (heads * length * key.shape[2] * query.element_size()))
         ctx.parts, kept = [slice(i, i + step) for i in range(0, batch_size, step)], []
         with torch.autocast("cpu", enabled=False):
-            query = torch.mul(query, scale, out=query.new_empty(query.shape))
-            key, value = key.contiguous(), value.contiguous()
-            mask = None if mask is None else _added(mask, query.dtype)
+            query, key, value, mask = _operands(query, key, value, mask, scale)
             for part in ctx.parts:
-                scores = query[part] @ key[part].transpose(2, 3)
-                if mask is not None:
-                    scores.add_(mask if len(mask) == 1 else mask[part])
-                probabilities = scores.softmax(dim=-1)
+                masked = mask if mask is None or len(mask) == 1 else mask[part]
+                probabilities = _scores(query[part], key[part], masked).softmax(dim=-1)
                 keep = _keep(probabilities.shape, p)
                 result[part] = (probabilities * keep) @ value[part]
                 kept += probabilities, keep

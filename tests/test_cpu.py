@@ -292,6 +292,38 @@ def test_attention_without_any_key_is_finite():
         assert all(torch.isfinite(tensor).all() for tensor in (output, *gradients))
 
 
+FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_over_few_tokens_without_gradients(name):
+    """A teacher's, float32; against PyTorch's in float64: sums of at most 5 products."""
+    query, key, value = attention_inputs(torch.float32)
+    mask, outputs = MASKS[name], []
+
+    def run():
+        with torch.no_grad():
+            outputs.append(with_seed(F.scaled_dot_product_attention, query, key, value, mask, scale=0.4))
+
+    assert FUSED not in called(run)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), wide, scale=0.4)
+    torch.testing.assert_close(outputs[0], expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ("gradients", "more tokens", "another dtype"))
+def test_attention_without_dropout_is_else_pytorchs(other):
+    query, key, value = attention_inputs(torch.bfloat16 if other == "another dtype" else torch.float32)
+    if other == "more tokens":
+        key, value = (x.repeat(1, 1, 7, 1) for x in (key, value))  # 35
+
+    def run():
+        with torch.set_grad_enabled(other == "gradients"):
+            with_seed(F.scaled_dot_product_attention, query, key, value)
+
+    assert FUSED in called(run)
+
+
 def test_attention_under_autocast_is_as_close_as_pytorchs():
     inputs = attention_inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
