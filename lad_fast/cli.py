@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lad_fast import __version__, distributed, training, tuning
 from lad_fast.checkpoint import Interrupted
+from lad_fast.cpu import set_num_threads
 from lad_fast.data import Batches, tokenize
 from lad_fast.demo import DemoConfig, demo
 from lad_fast.doctor import doctor
@@ -379,10 +380,7 @@ def run_bench(config: BenchCommand) -> int:
 def _load(config: InferenceConfig) -> tuple[Task, Callable[[str], Evaluation]]:
     """The task, and a function that predicts one of its splits with the configured model."""
     task = None if config.task == CSV else find_task(config)
-    if config.num_threads is not None:
-        if config.num_threads < 1:
-            raise ValueError(f"num_threads is {config.num_threads}; it takes at least 1")
-        torch.set_num_threads(config.num_threads)
+    set_num_threads(config.num_threads)
     device = training._pick_device(config.device)
     model, tokenizer = load_classifier(config.model, task, fine_tuned=True)
     if task is None:

@@ -30,12 +30,14 @@ from lad_fast.kernels import launch as lc
 
 __all__ = [
     "FasterOnCPU", "RowGradients", "bfloat16_pays", "emulates", "faster_forward", "keep_freed_memory", "lay_out_",
+    "set_num_threads",
 ]  # fmt: skip
 
 DROPOUT_STEPS = 1 << 16  # a probability is rounded to a multiple of 1 / this
 BYTES = 1 << 8
 SCORES_AT_ONCE = 1 << 21  # bytes: fewer calls, and a few such tensors still fit into the cache
 SHORT = 32  # tokens: in float32 plain products lead up to 40 and trail from 56 on
+MOST_THREADS = 1024
 LARGE_EMBEDDING = 1 << 20  # elements: positions and token types are smaller, and a batch touches most of theirs
 
 
@@ -339,6 +341,19 @@ def emulates(dtype: torch.dtype) -> bool:
     """Whether PyTorch multiplies a type of 16 bits without the processor's help, several times slower than float32."""
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, supported)()
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """``torch.set_num_threads``, which takes any number and crashes in the next product; None leaves PyTorch's choice.
+
+    Raises:
+        ValueError: no number of threads.
+    """
+    if num_threads is None:
+        return
+    if not 1 <= num_threads <= MOST_THREADS:
+        raise ValueError(f"num_threads is {num_threads}; it takes 1 to {MOST_THREADS}")
+    torch.set_num_threads(num_threads)
 
 
 def keep_freed_memory() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from lad_fast.gates import GateStack, check_inside
-from lad_fast.models import check_unshared, class_names
+from lad_fast.models import check_unshared, class_names, hidden_states_by_name
 from lad_fast.objective import HiddenObjective, LADObjective
 from lad_fast.step import clip_each_gate_
 
@@ -138,11 +138,11 @@ class LADTrainer(Trainer):
         inputs = dict(inputs)
         if (labels := inputs.pop("labels", None)) is None:
             raise ValueError(f"the batch has no labels, only {', '.join(inputs)}; train_dataset needs labels or label")
-        outputs = model(**self._for_student(inputs), output_hidden_states=True)
+        outputs = model(**self._for_student(inputs), **hidden_states_by_name(self.model))
         with self.accelerator.autocast():
             with torch.no_grad():
                 known = {name: value for name, value in inputs.items() if name in self._teacher_takes}
-                teacher = self.teacher(**known, output_hidden_states=True)
+                teacher = self.teacher(**known, **hidden_states_by_name(self.teacher))
             losses = self.objective(outputs, teacher, labels=labels, attention_mask=inputs.get("attention_mask"))
         self._sums["batches"] += 1
         for name in ("hidden_loss", "logits_loss"):

@@ -368,12 +368,18 @@ def build_student(
         raise ValueError(f"layer_map is {layer_map}; it takes num_layers = {num_layers} layers from 0 to {total - 1}")
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
-    student = type(teacher)(config)
+    for name in ("layer_types", "attention_window"):  # ModernBERT's and Longformer's, of each layer its own
+        if isinstance(value := getattr(config, name, None), list) and len(value) == total:
+            setattr(config, name, [value[layer] for layer in layer_map])
+    try:
+        student = type(teacher)(config)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{type(teacher).__name__} takes no {num_layers} of its {total} layers: {error}") from error
     _, student_layers = encoder_layers(student)
     if init == "teacher":
         outside = f"{teacher.base_model_prefix}.{prefix}."
         kept = {name: value for name, value in teacher.state_dict().items() if not name.startswith(outside)}
-        student.load_state_dict({**student.state_dict(), **kept})
+        _load("teacher outside its layers", student, {**student.state_dict(), **kept})
         source_layers = teacher_layers
     elif init == "published":
         if pretrained is None:
@@ -383,16 +389,17 @@ def build_student(
             raise ValueError(f"pretrained has {len(source_layers)} layers; the teacher has {total}")
         pooler, source_pooler = (getattr(model.base_model, "pooler", None) for model in (student, pretrained))
         if pooler is not None and source_pooler is not None:
-            _copy("pretrained's pooler", source_pooler, pooler)
+            _load("pretrained's pooler", pooler, source_pooler.state_dict())
     if init != "random":
         for target, source in zip(student_layers, layer_map, strict=True):
-            _copy(f"{'teacher' if init == 'teacher' else 'pretrained'}'s layer {source}", source_layers[source], target)
+            name = f"{'teacher' if init == 'teacher' else 'pretrained'}'s layer {source}"
+            _load(name, target, source_layers[source].state_dict())
     return student.to(teacher.device)
 
 
-def _copy(name: str, source: nn.Module, target: nn.Module) -> None:
+def _load(name: str, target: nn.Module, weights: dict[str, Tensor]) -> None:
     try:
-        target.load_state_dict(source.state_dict())
+        target.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{name} does not fit the student's: {reason}") from error
@@ -476,6 +483,12 @@ def _check_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         raise ValueError(f"input_ids {example} hold {most}; this {type(model).__name__} takes 0 to {size - 1}")
 
 
+def hidden_states_by_name(model: PreTrainedModel, output_hidden_states: bool = True) -> dict[str, bool]:
+    """Options of a model's forward for an output with names; all forwards know the first, and few need the second."""
+    options = {"output_hidden_states": output_hidden_states}
+    return options if getattr(model.config, "return_dict", True) else options | {"return_dict": True}
+
+
 def run_model(
     model: PreTrainedModel, inputs: dict, output_hidden_states: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
@@ -491,11 +504,12 @@ def run_model(
     packing = inputs.get("packing")
     with faster_forward(model):
         if packing is None:
-            output = model(**inputs, output_hidden_states=output_hidden_states)
+            output = model(**inputs, **hidden_states_by_name(model, output_hidden_states))
             logits = output.logits
         else:
             positions = inputs["position_ids"] + first_position(model)
-            output = model.base_model(**inputs | {"position_ids": positions}, output_hidden_states=output_hidden_states)
+            inputs = inputs | {"position_ids": positions}
+            output = model.base_model(**inputs, **hidden_states_by_name(model, output_hidden_states))
             logits = pooled_logits(model, output.last_hidden_state, packing)
     if not output_hidden_states:
         return logits, None

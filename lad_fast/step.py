@@ -451,14 +451,19 @@ def frozen_twin(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     """A copy of a model for inference alone, which shares its tensors.
 
     Linear layers are kept in ``dtype``, so that under autocast no weight is cast again at every step (None: as they
-    are), and on a CPU as oneDNN's products want them too. The numbers are ``model``'s.
+    are), and on a CPU as oneDNN's products want them too; what else is in the other half type is kept in float32. The
+    numbers are ``model``'s.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}.get(dtype)  # norms refuse it under autocast
     for module in twin.modules():
-        if isinstance(module, nn.Linear):
-            for name, parameter in module.named_parameters(recurse=False) if dtype else ():
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        is_linear = isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False) if dtype else ():
+            if is_linear or parameter.dtype == other:
+                kept = parameter.detach().to(dtype if is_linear else torch.float32)
+                setattr(module, name, nn.Parameter(kept, requires_grad=False))
+        if is_linear:
             lay_out_(module)
     for module, copied in zip(model.modules(), twin.modules(), strict=True):
         if module._compiled_call_impl is not None:  # which a copy leaves behind

@@ -40,7 +40,7 @@ from lad_fast.checkpoint import (
     write_checkpoint,
     write_json,
 )
-from lad_fast.cpu import bfloat16_pays, emulates, keep_freed_memory
+from lad_fast.cpu import bfloat16_pays, emulates, keep_freed_memory, set_num_threads
 from lad_fast.data import Batches, TokenizedSplit, check_vocabulary, tokenize
 from lad_fast.distributed import ALONE, World, current_world, joined
 from lad_fast.functional import check_number
@@ -296,7 +296,9 @@ def distill(
     task = _find_task(config, task, evaluation)
     if teacher is None:
         teacher, tokenizer = current_world().in_turn(partial(load_classifier, fine_tuned=True), config.teacher, task)
-        check_texts("teacher", config.teacher, task)
+        trained = check_texts("teacher", config.teacher, task)
+        if (tokens := trained.get("max_length", 0)) > config.max_length and current_world().is_first:
+            _LOG.warning("the teacher was trained on %s tokens an example; max_length is %s", tokens, config.max_length)
     _check_classes("teacher", teacher, task)
     if student is None:
         student = _make_student(config, task, teacher)
@@ -437,7 +439,7 @@ def _make_objective(config: DistillConfig, task: Task, teacher: PreTrainedModel,
 
 def _start(config: TrainingConfig) -> torch.device:
     """Check what nothing further down checks, seed everything, pick the device."""
-    counts = "epochs", "max_steps", "gradient_accumulation_steps", "batch_size", "log_every", "num_threads"
+    counts = "epochs", "max_steps", "gradient_accumulation_steps", "batch_size", "log_every"
     for name in (*counts, "save_steps", "save_total_limit"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -464,8 +466,7 @@ def _start(config: TrainingConfig) -> torch.device:
         raise ValueError(f"normalize_states is True; it goes with method skip or last, not {config.method}")
     current_world().first(TRACKERS[config.log].check)
     current_world().first(_check_folder, Path(config.output_dir))
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    set_num_threads(config.num_threads)
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed is {config.seed}; it takes 0 to {2**32 - 1}")
     set_seed(config.seed)

@@ -209,6 +209,15 @@ def test_a_teacher_gets_what_the_student_does_not_take(tmp_path, remove_unused_c
     assert lines(run)[0]["loss"] == pytest.approx(right, rel=1e-5) != pytest.approx(wrong, rel=1e-3)
 
 
+def test_models_whose_outputs_are_tuples(tmp_path):
+    expected, run = trainer(tmp_path / "named", max_steps=1), trainer(tmp_path / "tuples", max_steps=1)
+    run.model.config.return_dict = run.teacher.config.return_dict = False
+    for each in (expected, run):
+        each.train()
+    assert lines(run)[0]["loss"] == lines(expected)[0]["loss"]
+    assert run.evaluate()["eval_loss"] == expected.evaluate()["eval_loss"]
+
+
 def test_a_compiled_teacher(tmp_path):
     plain = trainer(tmp_path / "plain", max_steps=1)
     teacher = torch.compile(bert(4, 0), backend="eager")

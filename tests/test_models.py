@@ -152,6 +152,25 @@ def test_wrong_students_are_named(arguments, message):
         build_student(bert(), **arguments)
 
 
+def test_layers_of_several_kinds_stay_what_they_are():
+    config = ModernBertConfig(
+        **BERT_SIZES, num_hidden_layers=4, global_attn_every_n_layers=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    student = build_student(ModernBertForSequenceClassification(config), 3, layer_map=(0, 3, 1))
+    assert student.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
+    config = AutoConfig.for_model("longformer", **BERT_SIZES, num_hidden_layers=4, attention_window=4, pad_token_id=0)
+    student = build_student(AutoModelForSequenceClassification.from_config(config), 2)
+    assert student.config.attention_window == [4, 4]
+    assert run_model(student, batch())[0].shape == (2, 2)
+
+
+def test_a_teacher_with_weights_across_its_layers_is_named():
+    config = AutoConfig.for_model("esm", **BERT_SIZES, num_hidden_layers=4, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"teacher outside its layers does not fit the student's: size mismatch"):
+        build_student(AutoModelForSequenceClassification.from_config(config), 2)  # a head over all layers' attention
+
+
 def test_pretrained_of_another_width_is_named():
     sizes = BERT_SIZES | {"intermediate_size": 40, "num_hidden_layers": 4}
     with pytest.raises(ValueError, match=r"pretrained's layer 1 does not fit the student's: size mismatch"):
@@ -273,9 +292,11 @@ def test_half_precision_checkpoints_load_as_float32(tmp_path, tokenizer):
 
 
 def test_outputs_have_names_whatever_the_configuration(tmp_path, tokenizer):
-    save_checkpoint(tmp_path / "model", bert(return_dict=False), tokenizer)
-    model, _ = load_classifier(tmp_path / "model", RTE)
+    model = bert(return_dict=False)
     assert run_model(model, batch())[0].shape == (2, 2)
+    save_checkpoint(tmp_path / "model", model, tokenizer)
+    model, _ = load_classifier(tmp_path / "model", RTE)
+    assert model(**batch()).logits.shape == (2, 2)
 
 
 def named(labels):

@@ -248,8 +248,13 @@ def test_a_classifier_from_elsewhere_is_scored_as_it_may_teach(data, pretrained,
     assert {name for _, name in rows} <= {"bad", "good, really"}
 
 
-def test_scores_are_of_texts_as_long_as_in_training(data, pretrained, tmp_path, capsys, monkeypatch):
+def test_scores_are_of_texts_as_long_as_in_training(data, pretrained, tmp_path, capsys, caplog, monkeypatch):
     assert train("finetune", data, tmp_path / "run", "--model", pretrained) == 0  # --max-length 16
+    student = "--teacher", tmp_path / "run/best", "--student-layers", 1
+    for tokens in (16, 12):
+        assert train("distill", data, tmp_path / f"{tokens}", *student, "--max-length", tokens) == 0
+    assert caplog.messages.count("the teacher was trained on 16 tokens an example; max_length is 12") == 1
+    assert "max_length is 16" not in caplog.text
     lengths = []
     monkeypatch.setattr(cli, "tokenize", lambda *rest: lengths.append(rest[2]) or tokenize(*rest))
     best = tmp_path / "run/best"

@@ -433,6 +433,19 @@ def test_a_teacher_on_a_cpu_keeps_its_weights_as_onednn_wants_them(precision, on
         assert torch.equal(step._run_teacher(inputs)[0], logits)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_teacher_in_the_other_half_precision(precision):
+    """On a CPU its norms would refuse what autocast makes; its hidden states are those of its weights in float32."""
+    other = {"bfloat16": torch.float16, "float16": torch.bfloat16}[precision]
+    twin, inputs = frozen_twin(bert().to(other), getattr(torch, precision)), batches(8, 8)[0]
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32, getattr(torch, precision)}
+    with torch.no_grad(), torch.autocast("cpu", getattr(torch, precision)):
+        logits = twin(**inputs).logits
+    expected = bert().to(other).double()(**inputs).logits
+    torch.testing.assert_close(logits.double(), expected, rtol=5e-2, atol=5e-2)  # of weights rounded twice
+
+
 def test_a_compiled_teacher_kept_in_half_is_compiled():
     teacher = bert()
     assert frozen_twin(teacher, torch.bfloat16).base_model._compiled_call_impl is None
@@ -829,6 +842,7 @@ def test_progress_shows_on_stderr_alone(tmp_path, capsys):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"log_every": 0}, "log_every is 0"),
         ({"num_threads": 0}, "num_threads is 0"),
+        ({"num_threads": 10**11}, "num_threads is 100000000000; it takes 1 to 1024"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"gate_learning_rate": float("nan")}, "gate_learning_rate is nan"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
