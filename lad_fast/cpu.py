@@ -44,8 +44,8 @@ LARGE_EMBEDDING = 1 << 20  # elements: positions and token types are smaller, an
 class FasterOnCPU(TorchFunctionMode):
     """A context in which the calls of a model's forward that are slow on a CPU are replaced.
 
-    Replaced are ``F.dropout``, ``F.scaled_dot_product_attention`` with dropout and, in float32, over a few tokens
-    without gradients, and float32's ``F.linear``; gradients are those of the originals, and calls in any other form go
+    Replaced are ``F.dropout``, ``F.scaled_dot_product_attention`` with dropout, and in float32 ``F.linear`` and
+    attention over a few tokens without gradients; gradients are those of the originals, and calls in any other form go
     to PyTorch.
     """
 
@@ -141,16 +141,18 @@ def _attention(
         return None
     if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.requires_grad):
         return None
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    is_autocast = torch.is_autocast_enabled("cpu")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if dropout_p:
-        return _Attention.apply(query, key, value, attn_mask, dropout_p, scale)
-    has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if has_gradients or key.shape[2] > SHORT or not query.dtype == key.dtype == value.dtype == torch.float32:
-        return None
-    query, key, value, attn_mask = _operands(query, key, value, attn_mask, scale)
-    return _scores(query, key, attn_mask).softmax(dim=-1) @ value
+    if not dropout_p:
+        is_float32 = query.dtype == key.dtype == value.dtype == torch.float32 and not is_autocast
+        has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if not is_float32 or has_gradients or key.shape[2] > SHORT:
+            return None
+        query, key, value, attn_mask = _operands(query, key, value, attn_mask, scale)
+        return _scores(query, key, attn_mask).softmax(dim=-1) @ value
+    if is_autocast:
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    return _Attention.apply(query, key, value, attn_mask, dropout_p, scale)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
