@@ -10,9 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lad_fast.kernels import eager, launch
+from lad_fast.kernels.once import once_differentiable
 
 
 def _hidden_loss(backend: str) -> ModuleType:
@@ -416,7 +416,10 @@ def _scaled(gradients: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor] | Non
     scale, *others = grad.reshape(-1).tolist()
     if any(other != scale for other in others):
         return None
-    return gradients if scale == 1 else [gradient * scale for gradient in gradients]
+    # Handed out as they are they become the parameters' ``.grad``, which a caller may change before another backward.
+    if scale == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradients
+    return [gradient * scale for gradient in gradients]
 
 
 class _ChainLoss(torch.autograd.Function):

@@ -22,11 +22,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lad_fast.kernels import launch as lc
+from lad_fast.kernels.once import once_differentiable
 
 __all__ = [
     "FasterOnCPU", "RowGradients", "bfloat16_pays", "emulates", "faster_forward", "keep_freed_memory", "lay_out_",

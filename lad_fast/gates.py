@@ -137,7 +137,7 @@ class GateStack(nn.Module):
 
         Args:
             hidden_states: L tensors (B, S, D), or one (L, B, S, D); packed, L tensors (tokens, D).
-            attention_mask: (B, S), 1 for real tokens; the mean takes real tokens only.
+            attention_mask: (B, S), nonzero for real tokens; the mean takes real tokens only.
             cu_seqlens: (B + 1,) bounds of packed hidden states.
 
         Returns:
@@ -150,7 +150,7 @@ class GateStack(nn.Module):
 
         check_contributions(hidden_states, self, attention_mask, cu_seqlens)
         first = hidden_states[0].float()
-        real = torch.ones(first.shape[:-1]) if attention_mask is None else attention_mask
+        real = torch.ones(first.shape[:-1]) if attention_mask is None else attention_mask != 0
         real = real.to(first)[..., None]
         shares = [torch.ones_like(first)]  # of chain element j in the current aggregate, element by element
         result = first.new_zeros(self.num_layers, self.num_layers)
@@ -178,7 +178,7 @@ class GateStack(nn.Module):
 
         Args:
             hidden_states: L tensors (B, S, D), or one (L, B, S, D); packed, L tensors (tokens, D).
-            attention_mask: (B, S), 1 for real tokens, which alone are looked at.
+            attention_mask: (B, S), nonzero for real tokens, which alone are looked at.
             cu_seqlens: (B + 1,) bounds of packed hidden states.
 
         Returns:
@@ -299,7 +299,8 @@ class GateStack(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 config = _checked_config(file)
-                stack = cls(**config)
+                with torch.random.fork_rng(devices=()):  # what is drawn here is replaced: nobody's next draw changes
+                    stack = cls(**config)
                 stack.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except Exception as error:  # a damaged file raises anything from SafetensorError to RecursionError
             raise ValueError(f"{path} cannot be read as gates: {_first_line(error)}") from error

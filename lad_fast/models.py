@@ -22,7 +22,7 @@ from lad_fast.checkpoint import sync
 from lad_fast.cpu import faster_forward
 from lad_fast.gates import check_inside
 from lad_fast.glue import Task, brief
-from lad_fast.packed import ATTENTION, ENCODERS, Packing, first_position, pooled_logits
+from lad_fast.packed import ATTENTION, ENCODERS, Packing, first_position, pooled_logits, position_ids
 
 __all__ = ["build_student", "load_classifier", "model_inputs", "put_back", "quiet", "run_model", "save_checkpoint"]
 
@@ -507,7 +507,7 @@ def run_model(
             output = model(**inputs, **hidden_states_by_name(model, output_hidden_states))
             logits = output.logits
         else:
-            positions = inputs["position_ids"] + first_position(model)
+            positions = position_ids(model, inputs["input_ids"], inputs["position_ids"])
             inputs = inputs | {"position_ids": positions}
             output = model.base_model(**inputs, **hidden_states_by_name(model, output_hidden_states))
             logits = pooled_logits(model, output.last_hidden_state, packing)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["Packing", "can_pack", "enable_packing", "has_flash", "packs_fast", "pooled_logits"]
+__all__ = ["Packing", "can_pack", "enable_packing", "has_flash", "packs_fast", "pooled_logits", "position_ids"]
 
 ATTENTION = "lad_fast_packed"
 ENCODERS = frozenset(
@@ -133,6 +133,17 @@ def first_position(model: PreTrainedModel) -> int:
     """The position id of an example's first token: RoBERTa and its kin count from behind the padding id."""
     embeddings = getattr(model.base_model, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+
+
+def position_ids(model: PreTrainedModel, input_ids: Tensor, places: Tensor) -> Tensor:
+    """(1, T) as the model counts them, from tokens' places within their examples: RoBERTa's kin pass over a padding
+    token that stands in a text, and give it the padding id."""
+    if not (first := first_position(model)):
+        return places
+    is_counted = input_ids != first - 1
+    before = is_counted.cumsum(-1) - is_counted.long()  # in the batch
+    starts = torch.arange(input_ids.shape[1], device=input_ids.device) - places
+    return torch.where(is_counted, first + before - before.gather(1, starts), first - 1)
 
 
 def pooled_logits(model: PreTrainedModel, last_hidden_state: Tensor, packing: Packing) -> Tensor:

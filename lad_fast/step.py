@@ -102,7 +102,8 @@ class DistillStep:
 
     Raises:
         ValueError: a teacher without an objective or the other way round; one of them on another device than the
-            student; a teacher that shares parameters with it; graphs without a GPU, or with several processes.
+            student; a teacher that shares parameters with it; weights to be trained in half precision; graphs without
+            a GPU, or with several processes.
     """
 
     def __init__(
@@ -132,6 +133,9 @@ class DistillStep:
             for parameter in module.parameters() if isinstance(module, nn.Module) else ():
                 if parameter.device != student.device:
                     raise ValueError(f"{name} is on {parameter.device}; student is on {student.device}")
+        for name, parameter in student.named_parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(f"student's {name} is {parameter.dtype}; weights train in float32: student.float()")
         if teacher is not None:
             check_unshared(student, teacher)
         self.student, self.teacher, self.objective = student.train(), teacher, objective
@@ -172,6 +176,7 @@ class DistillStep:
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup_steps, total_steps)
         self.graphs = StepGraphs(self._run, self._zero_grad, student.device) if cuda_graphs else None
         self.row_gradients = RowGradients(student)
+        self.optimizer.zero_grad()  # of a backward before training
         self.grad_norms: dict[str, Tensor] = {}
         self.world = world
         self._forward: DistributedDataParallel | None = None

@@ -1,7 +1,8 @@
 """The teacher's outputs on the training data, kept from the first epoch: later epochs run no teacher.
 
-A teacher is frozen and in eval mode, so what it makes of an example never changes. Real tokens only are kept, in
-the dtype that training computes in; on the GPU, in host memory or in a memory-mapped file.
+A teacher is frozen and in eval mode, so what it makes of an example never changes, but by the padding of its batch
+where it looks at that (:data:`PADDED_ALIKE`). Real tokens only are kept, in the dtype that training computes in; on the
+GPU, in host memory or in a memory-mapped file.
 """
 
 import os
@@ -16,9 +17,13 @@ import torch
 from torch import Tensor
 
 from lad_fast.distributed import ALONE, World
+from lad_fast.packed import ENCODERS
 
-__all__ = ["TeacherCache", "choose_place"]
+__all__ = ["PADDED_ALIKE", "TeacherCache", "choose_place"]
 
+PADDED_ALIKE = ENCODERS | {"albert", "deberta", "deberta-v2", "distilbert", "mobilebert", "modernbert", "mpnet"}
+"""Kinds of models that make the same of an example however wide its batch is; ConvBERT's convolutions and FNet's
+transforms reach over its end."""
 PLACES = ("gpu", "cpu", "disk")
 _SHARE = 0.5  # of the free memory that a cache may take by itself; the rest is for training
 

@@ -59,7 +59,7 @@ from lad_fast.packed import enable_packing, packs_fast
 from lad_fast.step import HALF, DistillStep, Prepared, autocast, prepare_ahead
 from lad_fast.strategies import STRATEGIES
 from lad_fast.tasks import DataConfig, find_task
-from lad_fast.teacher_cache import TeacherCache, choose_place
+from lad_fast.teacher_cache import PADDED_ALIKE, TeacherCache, choose_place
 from lad_fast.tracking import TRACKERS, Tracker
 
 try:
@@ -349,7 +349,10 @@ def matmuls(precision: str) -> Iterator[None]:
 def _move(role: str, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{role} is on meta, without its weights; training on {device} takes a model that is loaded")
-    return model.to(device)
+    model.to(device)
+    if role != "teacher" and any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model.float()  # as from_pretrained left a checkpoint in half precision
+    return model
 
 
 def _check_classes(role: str, model: PreTrainedModel, task: Task) -> None:
@@ -403,6 +406,10 @@ def _make_cache(
     comes_back = total_steps * config.gradient_accumulation_steps > len(batches)
     if config.teacher_cache == "off" or (by_itself and not comes_back):
         return None
+    if (kind := teacher.config.model_type) not in PADDED_ALIKE and config.padding != "max_length":
+        if by_itself:
+            return None
+        _LOG.warning("teacher_cache: whether a %s teacher makes the same of an example in any batch is not known", kind)
     num_layers = teacher.config.num_hidden_layers if STRATEGIES[config.method].uses_hidden_states else 0
     lengths = batches.split.lengths
     if num_layers and not config.mask_padding:

@@ -274,6 +274,49 @@ def test_published_gates_are_taken_over(tmp_path, reverse):
         GateStack.from_official_checkpoint(tmp_path, 70)
 
 
+def test_reading_gates_draws_no_random_number(tmp_path):
+    """A resumed Trainer goes on with the order of examples that it had drawn."""
+    GateStack(3, 8, 5).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    GateStack.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_second_derivatives_are_refused(backend):
+    """PyTorch's own refusal does not see them: what flows into a loss needs no gradient."""
+    student, teacher, *logits = batch()
+    objective = LADObjective(GateStack(6, 16, 5), 3, backend=backend)
+    losses = (
+        (objective(student, teacher, *logits).loss, student[0]),
+        (lad_fast.fused_hidden_loss(student, teacher[:3], backend=backend), student[0]),
+        (lad_fast.fused_distill_loss(*logits, backend=backend), logits[0]),
+        (objective.gates(teacher, backend=backend)[-1].sum(), objective.gates.weight),
+    )
+    for loss, leaf in losses:
+        with pytest.raises(RuntimeError, match="create_graph is True"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("length", (5, 512))
+def test_kept_gradients_are_the_objectives_own(length):
+    """Two examples: at 1024 rows forward makes the gradients, which a caller of ``retain_graph`` may come back for."""
+    torch.manual_seed(0)
+    student = [torch.randn(2, length, 16, requires_grad=True) for _ in range(2)]
+    teacher = [torch.randn(2, length, 16) for _ in range(4)]
+    objective = LADObjective(GateStack(4, 16, length), 2, backend="torch")
+    loss = objective(student, teacher, *batch()[2:]).loss
+    leaves = [*student, *objective.gates.parameters()]
+    loss.backward(retain_graph=True)
+    first = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad.data.zero_()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, grad in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * grad, rtol=1e-6, atol=0)
+
+
 def test_initial_gates_are_the_published_ones():
     torch.manual_seed(0)
     gates = GateStack(3, 64, 5)
@@ -291,6 +334,7 @@ def test_contributions_are_shares(reverse):
     hidden = [torch.randn(2, 6, 8) for _ in range(5)]
     mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
     shares = gates.contributions(hidden, mask)
+    assert torch.equal(gates.contributions(hidden, -7 * mask), shares)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(5))
     assert (shares >= 0).all()
     outside = shares.tril(-1) if reverse else shares.triu(1)

@@ -35,6 +35,16 @@ def both_ways(device: str = "cpu"):
     return padded, {"input_ids": input_ids[mask][None], "position_ids": positions, "lengths": lengths}, mask
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_padding_token_within_a_text_has_the_position_that_a_padded_batch_gives_it(family):
+    model, (padded, packed, mask) = classifier(family).eval(), both_ways()
+    padded["input_ids"][1, 3:5] = padded["input_ids"][3, 0] = 1
+    packed["input_ids"] = padded["input_ids"][mask][None]
+    right = model(**padded).logits
+    enable_packing(model)
+    torch.testing.assert_close(run_model(model, model_inputs(model, packed)[0])[0], right, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", sorted(ENCODERS))
 def test_logits_states_and_gradients_are_those_of_padded_batches(family):
     model = classifier(family)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
@@ -25,9 +27,10 @@ from lad_fast import GateStack, LADObjective, fused_distill_loss, reference
 from lad_fast.data import Batches, TokenizedSplit
 from lad_fast.glue import TASKS, get_task
 from lad_fast.kernels import launch
-from lad_fast.models import build_student, load_classifier, save_checkpoint
+from lad_fast.models import build_student, load_classifier, model_inputs, run_model, save_checkpoint
 from lad_fast.optimizers import has_apex, make_adamw
 from lad_fast.step import DistillStep, clip_each_gate_, frozen_twin
+from lad_fast.teacher_cache import PADDED_ALIKE
 from lad_fast.training import (
     RECIPES,
     DistillConfig,
@@ -222,6 +225,30 @@ def engine_losses(tmp_path, layers=(4, 2), **options):
     return torch.tensor(losses), result, json.loads((config.output_dir / "config.json").read_text())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_train_in_float32(tmp_path, dtype):
+    """As ``from_pretrained`` gives them; in bfloat16 most of AdamW's steps would round to nothing."""
+    student, model = bert(num_layers=2, seed=1).to(dtype), bert(seed=3).to(dtype)
+    with pytest.raises(ValueError, match="weights train in float32"):
+        DistillStep(student, learning_rate=1e-3, total_steps=1, warmup_steps=0)
+    distill(settings(tmp_path / "a", epochs=1), train=split(36), evaluation={}, teacher=bert(), student=student)
+    finetune(settings(tmp_path / "b", FinetuneConfig, epochs=1), train=split(36), evaluation={}, model=model)
+    for trained in (student, model):
+        assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
+
+
+def test_gradients_from_before_a_run_are_not_of_it(tmp_path):
+    losses = []
+    for before in (False, True):
+        student = bert(num_layers=2, seed=1)
+        if before:
+            sum(parameter.sum() for parameter in student.parameters()).backward()
+        config = settings(tmp_path / str(before), epochs=1, log_every=1)
+        distill(config, train=split(36), evaluation={}, teacher=bert(), student=student)
+        losses.append([line["loss"] for line in lines(config.output_dir) if "loss" in line])
+    assert losses[0] == losses[1]
+
+
 ENGINES = {
     "cached": {"teacher_cache": "cpu"},
     "cached on disk": {"teacher_cache": "disk"},
@@ -282,6 +309,35 @@ def test_a_cache_makes_itself_only_where_batches_come_back(tmp_path):
         assert engine_losses(tmp_path / name, epochs=epochs)[2]["teacher_cache"] == place
     varying = engine_losses(tmp_path / "varying", mask_padding=False, padding="longest")
     assert varying[2]["teacher_cache"] == "off"
+
+
+@pytest.mark.parametrize("kind", [*sorted(PADDED_ALIKE), "convbert"])
+def test_an_examples_states_whatever_the_batchs_width(tmp_path, caplog, kind):
+    """The same for kinds whose outputs are cached by themselves; of others a run warns that was told to."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+    if kind == "distilbert":
+        sizes = {"dim": 16, "n_heads": 2, "hidden_dim": 32, "n_layers": 2}
+    config = AutoConfig.for_model(
+        kind, vocab_size=24, max_position_embeddings=40, initializer_range=0.2, pad_token_id=0, embedding_size=16,
+        intra_bottleneck_size=16, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, **sizes,
+    )  # fmt: skip
+    teacher = AutoModelForSequenceClassification.from_config(config).eval()
+    narrow = torch.randint(3, 24, (2, 6))
+    wide = torch.cat([narrow, torch.zeros(2, 7, dtype=torch.long)], dim=1)
+    (a, x), (b, y) = (
+        run_model(teacher, model_inputs(teacher, {"input_ids": ids, "attention_mask": (ids != 0).long()})[0], True)
+        for ids in (narrow, wide)
+    )
+    pairs = zip((a[:, None], *x), (b[:, None], *y), strict=True)
+    is_alike = all(torch.allclose(s, t[:, :6], rtol=1e-4, atol=1e-5) for s, t in pairs)
+    assert is_alike == (kind in PADDED_ALIKE)
+    if kind == "convbert":
+        for place, found in (("auto", "off"), ("cpu", "cpu")):
+            config = settings(tmp_path / place, teacher_cache=place)
+            distill(config, train=split(36), evaluation={}, teacher=teacher, student=bert(num_layers=2))
+            assert json.loads((config.output_dir / "config.json").read_text())["teacher_cache"] == found
+        assert caplog.text.count("convbert") == 1
 
 
 def test_half_precision_caches_follow_the_uncached_run(tmp_path):
