@@ -384,8 +384,9 @@ def check_layers(
     return student, teacher, cu_seqlens
 
 
-def check_contributions(hidden_states, gates, attention_mask, cu_seqlens) -> None:
-    """Arguments of :meth:`lad_fast.GateStack.contributions`, which takes states and gates of any float dtype."""
+def check_looked_at(hidden_states, gates, attention_mask, cu_seqlens) -> None:
+    """Arguments of :meth:`lad_fast.GateStack.contributions` and ``condition``, which take states and gates of any
+    float dtype."""
     hidden_states = _check_hidden_states("hidden_states", hidden_states, packed=cu_seqlens is not None)
     states = [h.float() for h in hidden_states]
     parameters = [getattr(gates, name).float() for name in ("weight", "bias", "norm_weight", "norm_bias")]

@@ -146,9 +146,9 @@ class GateStack(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`lad_fast.fused_aggregate`; also a mask without a real token.
         """
-        from lad_fast.functional import check_contributions
+        from lad_fast.functional import check_looked_at
 
-        check_contributions(hidden_states, self, attention_mask, cu_seqlens)
+        check_looked_at(hidden_states, self, attention_mask, cu_seqlens)
         first = hidden_states[0].float()
         real = torch.ones(first.shape[:-1]) if attention_mask is None else attention_mask != 0
         real = real.to(first)[..., None]
@@ -185,7 +185,13 @@ class GateStack(nn.Module):
             For each gate along the chain: "openness", the mean of its values; "closed" and "open", the shares of them
             below 0.01 and above 0.99; "variation", the standard deviation over tokens, its root mean square over
             features; "state", "saturated", "collapsed" or None.
+
+        Raises:
+            TypeError, ValueError: as :meth:`contributions`.
         """
+        from lad_fast.functional import check_looked_at
+
+        check_looked_at(hidden_states, self, attention_mask, cu_seqlens)
         found = []
         for gate in self._values(hidden_states, attention_mask, cu_seqlens):
             gate = gate.flatten(0, -2) if attention_mask is None else gate[attention_mask != 0]

@@ -15,21 +15,20 @@ def has_apex() -> bool:
         return False
 
 
-def make_adamw(groups: list[dict], learning_rate: float, kind: str = "auto") -> torch.optim.Optimizer:
+def make_adamw(groups: list[dict], learning_rate: float, kind: str = "torch") -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay, betas 0.9 and 0.999, eps 1e-8.
 
     Args:
         groups: parameter groups, each with its ``weight_decay``, and with ``lr`` where it differs.
         learning_rate: of the other groups.
-        kind: "torch" for ``torch.optim.AdamW(fused=True)``, "apex" for ``apex.optimizers.FusedAdam``; "auto"
-            takes torch's: its fused form also reads the loss scaler's verdict on the device.
+        kind: "torch" for ``torch.optim.AdamW(fused=True)``, "apex" for ``apex.optimizers.FusedAdam``.
 
     Raises:
         ValueError: an unknown kind, or "apex" without NVIDIA's apex or without a GPU.
     """
-    if kind not in ("auto", "torch", "apex"):
-        raise ValueError(f"optimizer is {kind!r}; it takes 'auto', 'torch' or 'apex'")
-    if kind != "apex":
+    if kind not in ("torch", "apex"):
+        raise ValueError(f"optimizer is {kind!r}; it takes 'torch' or 'apex'")
+    if kind == "torch":
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     if not has_apex():
         raise ValueError("optimizer is 'apex'; NVIDIA's apex, with FusedAdam, is not installed; use 'torch'")

@@ -70,7 +70,7 @@ class DistillStep:
     rise linearly for ``warmup_steps``, then fall linearly to 0 at ``total_steps``. Gradients are clipped to
     ``max_grad_norm`` over the whole student, and for each gate on its own. A gate that no student layer's
     target depends on (at the chain's end: reversed, or where K does not divide L) has a gradient of zero
-    and is only decayed.
+    and is only decayed; where that is every gate, they have none and stay as they are.
 
     Args:
         student: the model to train; put in training mode.

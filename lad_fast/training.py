@@ -513,7 +513,9 @@ def _settle(config: TrainingConfig, device: torch.device, *models: PreTrainedMod
     if config.compile:
         for model in models:
             model.base_model.compile(dynamic=True)
-    return replace(config, precision=precision, padding=padding)
+    # Also where NVIDIA's apex is: PyTorch's fused form reads a loss scaler's verdict on the device.
+    optimizer = "torch" if config.optimizer == "auto" else config.optimizer
+    return replace(config, precision=precision, padding=padding, optimizer=optimizer)
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -6,26 +6,48 @@ from pathlib import Path
 import pytest
 import torch
 
-# Both are read once, when triton and huggingface_hub are imported, so they are set before any test module is.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+# Read once, when torch, triton and huggingface_hub are imported or first used: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LAD_FAST_CACHE"] = os.devnull  # launches that somebody measured on this machine are not the tests'
 
 # Tests run on one thread each: make test runs one worker per core, and sums then do not depend on the machine.
 torch.set_num_threads(1)
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", action="store_true",
+        help="run what needs a GPU, and the kernels there, and nothing else; without it no test sees a GPU",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without --gpu a machine with one runs what every machine does: kernels in Triton's interpreter, models on the
+    CPU."""
+    if config.getoption("--gpu"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu: PyTorch sees no GPU here")
+        return
+    os.environ.update(CUDA_VISIBLE_DEVICES="-1", HIP_VISIBLE_DEVICES="-1", TRITON_INTERPRET="1")
     import fast_interpreter  # noqa: F401
+
+    # The first backward: autograd starts threads for the devices that are in sight, and tests fork, which takes none
+    # along. A FakeTensorMode before it would show one where PyTorch is built for CUDA.
+    torch.ones((), requires_grad=True).backward()
+
 
 SHARED = Path(os.environ.get("LAD_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = config.getoption("--gpu")
+    for item in items:
+        if item.get_closest_marker("cuda") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and --gpu"))
+    if on_gpu:
+        others = [item for item in items if not (item.get_closest_marker("cuda") or item.get_closest_marker("kernels"))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")

@@ -150,6 +150,10 @@ WRONG = {
     "contributions of padding alone": (
         lambda: STACK.contributions(STATES, torch.zeros(2, 5)), ValueError, "attention_mask has no real token",
     ),
+    "condition of nothing": (lambda: STACK.condition(None), TypeError, "hidden_states is a NoneType"),
+    "condition of padding alone": (
+        lambda: STACK.condition(STATES, torch.zeros(2, 5)), ValueError, "attention_mask has no real token",
+    ),
     "hidden states sparse": (aggregate([h.to_sparse() for h in STATES]), TypeError, r"hidden_states\[0\].*sparse"),
     "mask sparse": (aggregate(STATES, STACK, None, torch.ones(2, 5).to_sparse()), TypeError, "attention_mask.*sparse"),
     "logits sparse": (distill(LOGITS.to_sparse()), TypeError, "student_logits.*sparse"),

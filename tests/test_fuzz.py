@@ -658,23 +658,17 @@ class PublicAPI(RuleBasedStateMachine):
 
     @counted(call=CALLS, everything=st.booleans())
     def move(self, call, everything):
-        """To another device and back: with its inputs it runs there; without them it is refused."""
-        device = "cuda" if torch.cuda.is_available() else "meta"
-        there = copy.deepcopy(self.objective).to(device)
+        """To a device without numbers: with its inputs it runs there; without them it is refused."""
+        there = copy.deepcopy(self.objective).to("meta")
         inputs = make_inputs(self.objective, call, self.seq_len)
-        here = inputs
         if everything:
-            inputs = mapped(inputs, lambda tensor: tensor.to(device))
+            inputs = mapped(inputs, lambda tensor: tensor.to("meta"))
         with refusal():
             out = there(**inputs)
-            assert everything and out.loss.device.type == device and out.loss.shape == ()
+            assert everything and out.loss.device.type == "meta" and out.loss.shape == ()
             assert out.hidden_losses.shape == (there.num_student_layers,)
             if out.loss.requires_grad:
                 out.loss.backward()
-        if device == "cuda" and everything:
-            with refusal():
-                torch.testing.assert_close(out.loss.cpu(), self.objective(**here).loss, rtol=1e-2, atol=1e-2)
-            there.cpu()
         with refusal(), tempfile.TemporaryDirectory() as folder:
             there.gates.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ WHOLE_TILES = replace(
     launch.INTERPRETED, forward="persistent", backward="persistent", gemm=GemmLaunch(64, 32, 32, 1, 1, 1),
     gate=TileLaunch(64, 32, 1), multiprocessors=1,
 )  # fmt: skip
-BACKENDS = ("reference", "torch", pytest.param("triton", marks=pytest.mark.slow))
+BACKENDS = ("reference", "torch", pytest.param("triton", marks=(pytest.mark.slow, pytest.mark.kernels)))
 INTERPRETED_STEPS = 8  # of the second and third file: what the interpreter would take a minute each for, others replay
 
 

@@ -135,12 +135,12 @@ def test_packed_on_a_gpu_is_as_padded(hidden_size):
     """With heads of 64, by flash, and of 26, which it does not take."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=40, hidden_size=hidden_size, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
+        vocab_size=60, hidden_size=hidden_size, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2
     )
     model = BertForSequenceClassification(config).cuda().eval()
     enable_packing(model)
     results = []
-    for batch in both_ways():
+    for batch in both_ways()[:2]:
         with torch.autocast("cuda", torch.bfloat16):
             logits = run_model(model, model_inputs(model, batch)[0])[0].float()
         model.zero_grad()

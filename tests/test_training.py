@@ -716,7 +716,8 @@ def test_finetune_learns_and_records(tmp_path):
     saved = json.loads((config.output_dir / "results.json").read_text())
     assert saved["best_metrics"] == result.best_metrics
     assert "model" not in saved
-    assert json.loads((config.output_dir / "config.json").read_text())["learning_rate"] == 3e-3
+    written = json.loads((config.output_dir / "config.json").read_text())
+    assert (written["learning_rate"], written["optimizer"]) == (3e-3, "torch")
     state = json.loads((config.output_dir / "best" / "training.json").read_text())
     assert state["step"] == result.best_step
     assert state["metrics"] == result.best_metrics

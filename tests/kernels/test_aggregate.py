@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import lad_fast
 from lad_fast.kernels import launch, ops
 
+pytestmark = pytest.mark.kernels
 BACKENDS = ("torch", "triton")
 MODES = ("plain", "masked", "packed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

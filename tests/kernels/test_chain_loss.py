@@ -8,6 +8,7 @@ import lad_fast
 from lad_fast.functional import chain_loss
 from lad_fast.kernels import eager, launch, ops
 
+pytestmark = pytest.mark.kernels
 BACKENDS = ("torch", "triton")
 MODES = ("plain", "masked", "packed")
 

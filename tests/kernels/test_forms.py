@@ -15,6 +15,7 @@ from lad_fast.functional import LogitsLoss, chain_loss
 from lad_fast.kernels import launch, ops
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.kernels
 FORMS = {
     "triton": ("triton", "triton"),
     "cublas": ("cublas", "triton"),

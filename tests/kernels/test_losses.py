@@ -8,6 +8,7 @@ import lad_fast
 from lad_fast import reference
 from lad_fast.kernels import ops
 
+pytestmark = pytest.mark.kernels
 BACKENDS = ("torch", "triton")
 # Sums in float32; half types: one rounding of each gradient (bfloat16 truncated by the interpreter).
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -12,6 +12,7 @@ from interpreting import concurrent_programs
 from lad_fast.kernels import launch
 
 # Groups of few values can have little variance, which magnifies rounding: looser than elsewhere.
+pytestmark = pytest.mark.kernels
 TOLERANCE = 2e-4
 SEEDS = st.integers(0, 2**16)
 

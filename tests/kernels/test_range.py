@@ -10,7 +10,7 @@ from interpreting import concurrent_programs
 from lad_fast.kernels import launch
 
 # The interpreter's sigmoid is 1 / (1 + exp(-x)): 0 where exp overflows, as it should be.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 BACKENDS = ("torch", "triton", "persistent", "cublas")
 # Large values in a few features of every token, as published BERT models have them in their upper layers.
 OUTLIERS = {3: 60.0, 17: -60.0, 18: 45.0}
