@@ -69,10 +69,10 @@ MANY=(--numprocesses=14)
 proof() {
     part doctor 45 "$PYTHON" benchmarks/gpu_parts.py doctor
     part check 140 "$PYTHON" benchmarks/gpu_parts.py check
-    part kernels 120 "${PYTEST[@]}" --gpu "${MANY[@]}" -k "not torch" \
+    part kernels 150 "${PYTEST[@]}" --gpu "${MANY[@]}" -k "not torch" \
         tests/kernels/test_{aggregate,chain_loss,forms,losses,random,range}.py
     # The longest first.
-    part tests 170 "${PYTEST[@]}" --gpu "${MANY[@]}" \
+    part tests 140 "${PYTEST[@]}" --gpu "${MANY[@]}" \
         tests/test_{soak,tuning,golden,training,packed,processes,resume,data,teacher_cache}.py
     for tool in memcheck racecheck; do
         if command -v compute-sanitizer >/dev/null; then
